@@ -1,0 +1,127 @@
+"""The run's event stream: what the job tells its readers.
+
+The live view, plain lines, the report, ``metrics.jsonl``, ``events.jsonl`` and the reporters (wandb, …) are all
+readers of this one stream. Each reader has one method, ``handle(event)``; the job knows nothing of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Training is about to begin.
+
+    Attributes:
+        run: the run's id.
+        name: what people call it: the adapter folder.
+        config: every option, resolved.
+        total_iters, total_steps: planned batches and optimizer steps.
+        first_step: the step training begins at: 1, or one after the restored step.
+        facts: labelled lines for a header, in order: model, machine, method, data, memory.
+        history: metrics of earlier steps when a run is resumed, oldest first.
+    """
+
+    run: str
+    name: str
+    config: dict[str, Any]
+    total_iters: int
+    total_steps: int
+    first_step: int
+    facts: tuple[tuple[str, str], ...]
+    history: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    """One optimizer step: ``metrics`` is the object that stands in ``metrics.jsonl``.
+
+    Keys: step, iter, loss, tokens, learning_rate, grad_norm, seconds, compute_seconds, wait_seconds, nodes,
+    peak_memory_bytes, padded_tokens. ``report`` is true where ``--steps-per-report`` asks for a line.
+    """
+
+    metrics: dict[str, Any]
+    report: bool
+
+
+@dataclass(frozen=True)
+class Validated:
+    """One validation: ``metrics`` has step, val_loss, val_tokens, seconds."""
+
+    metrics: dict[str, Any]
+    best: bool
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Text generated from a ``--sample-prompt`` at a validation."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The test set's loss when training ended."""
+
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """How far a long task is: ``tokenising train``, ``validating``, ``loading model``, ``fusing``."""
+
+    task: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something happened that a person should know; one line, also in ``events.jsonl``.
+
+    Attributes:
+        kind: a short name: ``checkpoint``, ``worker_lost``, ``restarted``, ``warning``, ``archived``, …
+        message: one line.
+        level: ``info``, ``warning`` or ``error``.
+        details: further values for ``events.jsonl``.
+    """
+
+    kind: str
+    message: str
+    level: str = "info"
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """Training ended.
+
+    Attributes:
+        status: ``done``, ``stopped_early``, ``interrupted`` or ``failed``.
+        summary: labelled lines: where everything is.
+        next_commands: what to type next, with a purpose each: (purpose, command).
+    """
+
+    status: str
+    summary: tuple[tuple[str, str], ...]
+    next_commands: tuple[tuple[str, str], ...]
+
+
+RunEvent = (
+    RunStarted | StepFinished | Validated | Sampled | Tested | Advanced | Noted | RunFinished
+)
+
+
+class Reader(Protocol):
+    """Anything that follows a run."""
+
+    def handle(self, event: RunEvent) -> None:
+        """Take in one event. Must return quickly and never raise for what a run may contain."""
+
+    def close(self) -> None:
+        """The stream has ended, for whatever reason; called once."""

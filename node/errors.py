@@ -1,0 +1,63 @@
+"""Every error that a person can meet, as one small tree.
+
+    TandemError                 exit code 1: something failed
+    ├── UserError               exit code 2: a mistake that the person can mend; nothing was written
+    │   └── RowError            a bad row of a data file, with its file and line
+    ├── WorkerError             the worker process could not do what it was asked
+    │   ├── WorkerLost          the process is gone or its connection closed
+    │   └── OutOfMemory         the device's memory did not suffice
+    └── Interrupted             exit code 130: stopped by Ctrl-C, resumable
+
+Messages are one line: what is wrong, where, and how to mend it. Foreign exceptions (OSError, MLX, Hugging Face)
+become one of these at the boundary where they arise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class TandemError(Exception):
+    """Something failed; the message says what, where, and what to do."""
+
+    exit_code = 1
+
+
+class UserError(TandemError):
+    """A mistake in what was asked for: options, files, data. Found before anything expensive starts."""
+
+    exit_code = 2
+
+
+class RowError(UserError):
+    """A row of a data file that cannot be used.
+
+    Args:
+        file: the data file.
+        line: its line number, from 1.
+        reason: what is wrong with it, and how it should look.
+    """
+
+    def __init__(self, file: Path | str, line: int, reason: str) -> None:
+        super().__init__(f"{file}:{line}: {reason}")
+        self.file = Path(file)
+        self.line = line
+        self.reason = reason
+
+
+class WorkerError(TandemError):
+    """The worker process reported that it could not do what it was asked."""
+
+
+class WorkerLost(WorkerError):
+    """The worker process ended, or its connection closed, without being asked to."""
+
+
+class OutOfMemory(WorkerError):
+    """The device ran out of memory."""
+
+
+class Interrupted(TandemError):
+    """Stopped by Ctrl-C after saving; the message holds the command that goes on."""
+
+    exit_code = 130

@@ -1,0 +1,267 @@
+"""What a worker is asked to do: plain, immutable values that the wire carries.
+
+Token arrays are int32. A *span* is a half-open range ``[start, end)`` of token positions whose tokens are targets
+(position p is predicted from the positions before it, so a span never starts below 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+FineTuneType = Literal["lora", "dora", "full"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model to load.
+
+    Attributes:
+        path: folder with ``config.json`` and safetensors weights, in Hugging Face or MLX form.
+        adapter_path: folder of an adapter in ``mlx_lm``'s form to apply after loading, or "" for none.
+        trust_remote_code: whether the model's own Python files may run.
+    """
+
+    path: str
+    adapter_path: str = ""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TuningSpec:
+    """What is trained, and how the forward pass differs while training.
+
+    Attributes:
+        fine_tune_type: ``lora``, ``dora`` or ``full``.
+        num_layers: blocks to train, counted from the last; -1 means all.
+        rank, scale, dropout, keys: of the adapters; ``keys`` None means every linear layer of a block.
+        grad_checkpoint: recompute activations in the backward pass to save memory.
+        neftune_alpha: noise on the embeddings (NEFTune, arXiv 2310.05914); 0 is off.
+        initial_weights: safetensors file of adapter weights to start from, or "".
+    """
+
+    fine_tune_type: FineTuneType = "lora"
+    num_layers: int = 16
+    rank: int = 8
+    scale: float = 2.0
+    dropout: float = 0.0
+    keys: tuple[str, ...] | None = None
+    grad_checkpoint: bool = False
+    neftune_alpha: float = 0.0
+    initial_weights: str = ""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """How gradients become updates.
+
+    Attributes:
+        name: ``adam``, ``adamw``, ``muon``, ``sgd`` or ``adafactor``.
+        arguments: further arguments of that ``mlx.optimizers`` class.
+        learning_rate: peak rate, used when ``schedule`` is None.
+        warmup_steps: linear warm-up to the peak over so many optimizer steps.
+        schedule: an ``mlx_lm`` ``lr_schedule`` mapping (name, arguments, warmup, warmup_init), or None.
+        max_grad_norm: clip the global gradient norm to this; 0 is off.
+        loraplus_ratio: learning rate of ``lora_b`` over that of the rest (LoRA+, arXiv 2402.12354); 1 is off.
+    """
+
+    name: str = "adam"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    schedule: dict[str, Any] | None = None
+    max_grad_norm: float = 0.0
+    loraplus_ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """Everything a worker must know before its first step.
+
+    Attributes:
+        job: the run's id; names the folder of its copies.
+        folder: the worker's own folder for this job, where copies are written.
+        seed: of the initial adapter weights, and part of every key of row randomness.
+        tuning, optimizer: None when the job only evaluates, generates or fuses.
+        copy_every: steps between copies of the trainable state to disk.
+        clear_cache_threshold: bytes of MLX's cache above which it is cleared between steps; 0 leaves it alone.
+    """
+
+    job: str
+    folder: str
+    model: ModelSpec
+    seed: int = 0
+    tuning: TuningSpec | None = None
+    optimizer: OptimizerSpec | None = None
+    copy_every: int = 10
+    clear_cache_threshold: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a batch, flat.
+
+    Attributes:
+        ids: (rows,) position of each row in the global batch of its step; keys its randomness.
+        lengths: (rows,) number of tokens of each row.
+        tokens: (sum of lengths,) token ids, row after row.
+        span_counts: (rows,) number of target spans of each row.
+        spans: (2 * sum of span_counts,) start and end of each span, relative to its row.
+        padded_length: input positions that each row is padded to: at least the longest row minus one.
+    """
+
+    ids: Int32
+    lengths: Int32
+    tokens: Int32
+    span_counts: Int32
+    spans: Int32
+    padded_length: int
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of target tokens in all rows."""
+        return int(self.spans[1::2].sum() - self.spans[0::2].sum())
+
+    def take(self, picked: list[int], padded_length: int) -> Rows:
+        """The rows at these indices, in this order, padded to another length."""
+        token_starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        span_starts = np.concatenate([[0], np.cumsum(self.span_counts)])
+        tokens = [self.tokens[token_starts[i] : token_starts[i + 1]] for i in picked]
+        spans = [self.spans[2 * span_starts[i] : 2 * span_starts[i + 1]] for i in picked]
+        empty = np.zeros(0, np.int32)
+        return dataclasses.replace(
+            self,
+            ids=self.ids[picked],
+            lengths=self.lengths[picked],
+            tokens=np.concatenate(tokens) if tokens else empty,
+            span_counts=self.span_counts[picked],
+            spans=np.concatenate(spans) if spans else empty,
+            padded_length=padded_length,
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """One worker's part of one optimizer step: micro-batches whose gradients are summed. May be empty."""
+
+    step: int
+    micro_batches: tuple[Rows, ...]
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file in the job's folder, named by what is in it.
+
+    Attributes:
+        name: relative to the job's folder.
+        sha256: hex digest of its content.
+        size: bytes.
+    """
+
+    name: str
+    sha256: str
+    size: int
+
+
+# --- requests: what goes down to a worker, in order ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Load the model and make it ready. Answered by ``Ready``."""
+
+    job: JobSpec
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Put back the trainable state of ``step``. Answered by ``Restored``."""
+
+    step: int
+    weights: FileRef
+    optimizer: FileRef
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Do one optimizer step. Answered by ``ComputeStarted``, ``ReduceEntered``, ``StepDone``."""
+
+    share: Share
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Sum the losses of some rows, without gradients. Answered by ``EvalDone``."""
+
+    chunk: int
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt. Answered by ``TokensGenerated`` events, the last with ``finished``.
+
+    Attributes:
+        id: names the answer.
+        prompt: (n,) token ids.
+        stop: token ids that end the text.
+        max_tokens: at most so many new tokens.
+        temperature, top_p, top_k, min_p: of the sampler; temperature 0 is greedy.
+        repetition_penalty, repetition_context: penalty on tokens seen in the last so many; 0 is off.
+        seed: of the sampler.
+    """
+
+    id: int
+    prompt: Int32
+    stop: tuple[int, ...]
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 0.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 0.0
+    repetition_context: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CopyState:
+    """Write the trainable state as it stands after the steps before this request. Answered by ``Copied``."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Merge the adapter into the model and write it out. Answered by ``Fused``.
+
+    Attributes:
+        save_path: folder to write, created by this request.
+        dequantize: write full-precision weights from a quantized base.
+        gguf_path: GGUF file to write beside the model, or "".
+        gguf_type: ``f16``, ``f32``, ``bf16`` or ``q8_0``.
+        source: name of the base model, for the model card and the Modelfile.
+        fused_model: whether to write the fused safetensors model at all.
+        peft_path: folder for the adapter in PEFT's layout, or "".
+    """
+
+    save_path: str
+    dequantize: bool = False
+    gguf_path: str = ""
+    gguf_type: str = "f16"
+    source: str = ""
+    fused_model: bool = True
+    peft_path: str = ""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the process after what was asked before."""
+
+
+Request = Setup | Restore | TrainStep | Evaluate | Generate | CopyState | Fuse | Stop
