@@ -1,0 +1,198 @@
+"""Lines for logs and pipes: one per thing worth a line, or one JSON object per event."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from coordinator.stream import (
+    Advanced,
+    Noted,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    StepFinished,
+    Tested,
+    Validated,
+)
+from coordinator.view.format import duration_text, loss_text, one_line, rate_text, shortened, size_text, speed_text
+from coordinator.view.state import RunState
+
+TASK_LINE_EVERY_SECONDS = 5.0
+SAMPLE_CHARACTERS = 400
+STATUS_TEXT = {
+    "done": "done",
+    "stopped_early": "stopped early: validation no longer improves",
+    "interrupted": "stopped; it can go on from here",
+    "failed": "failed",
+}
+
+
+class LineWriter:
+    """Writes whole lines to a stream that may close early or know few characters; neither ends a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream: TextIO | None = stream
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, line: str) -> None:
+        if self._stream is None:
+            return
+        printable = line.encode(self._encoding, "replace").decode(self._encoding)
+        try:
+            self._stream.write(printable + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):  # the reader at the other end of the pipe has gone
+            self._stream = None
+
+
+class PlainView:
+    """The run as plain lines.
+
+    Args:
+        stream: where lines go.
+        quiet: only warnings, errors, the test's loss and the summary.
+        clock: seconds of a steady clock; decides when a long task is worth another line.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._writer = LineWriter(stream)
+        self._quiet = quiet
+        self._clock = clock
+        self._state = RunState()
+        self._task_line_at = clock()
+
+    def handle(self, event: RunEvent) -> None:
+        self._state.apply(event)
+        match event:
+            case RunStarted():
+                self._lines(started_lines(event), worth_it=not self._quiet)
+            case StepFinished(_, True):
+                self._lines([step_line(self._state)], worth_it=not self._quiet)
+            case Validated():
+                self._lines([validation_line(event, self._state)], worth_it=not self._quiet)
+            case Sampled(step, prompt, text):
+                said = shortened(one_line(text), SAMPLE_CHARACTERS)
+                self._lines([f"sample at step {step}: {one_line(prompt)} -> {said}"], worth_it=not self._quiet)
+            case Tested():
+                self._lines([test_line(event)])
+            case Advanced():
+                self._task(event)
+            case Noted(_, message, level):
+                line = one_line(message) if level == "info" else f"{level}: {one_line(message)}"
+                self._lines([line], worth_it=not self._quiet or level != "info")
+            case RunFinished():
+                self._lines(finished_lines(event, self._state))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _lines(self, lines: list[str], *, worth_it: bool = True) -> None:
+        if worth_it:
+            for line in lines:
+                self._writer.write(line)
+
+    def _task(self, event: Advanced) -> None:
+        now = self._clock()
+        if not self._quiet and now - self._task_line_at >= TASK_LINE_EVERY_SECONDS:
+            self._task_line_at = now
+            share = f"{event.done:,} of {event.total:,}" if event.total > 0 else f"{event.done:,}"
+            self._writer.write(f"{one_line(event.task)}: {share}")
+
+
+def started_lines(event: RunStarted) -> list[str]:
+    """The header: the run's name and its facts."""
+    goes_on = f", from step {event.first_step:,}" if event.first_step > 1 else ""
+    width = max((len(label) for label, _ in event.facts), default=0)
+    facts = [f"  {one_line(label):<{width}}  {one_line(value)}" for label, value in event.facts]
+    return [f"run {event.run} in {one_line(event.name)}{goes_on}", *facts]
+
+
+def step_line(state: RunState) -> str:
+    """Where the run is: loss is the mean since the last such line."""
+    total = f"{state.total_steps}"
+    parts = [f"step {state.step:>{len(total)}}/{total}", f"loss {loss_text(state.report_loss)}"]
+    if state.validation is not None:
+        parts.append(f"val {loss_text(state.validation.loss)}")
+    parts += [f"{speed_text(state.tokens_per_second)} tok/s", f"lr {rate_text(state.learning_rate)}"]
+    if state.peak_memory_bytes:
+        parts.append(f"peak {size_text(state.peak_memory_bytes)}")
+    if state.step < state.total_steps and state.seconds_left is not None:
+        parts.append(f"{duration_text(state.seconds_left)} left")
+    return "  ".join(parts)
+
+
+def validation_line(event: Validated, state: RunState) -> str:
+    """One validation, and how it stands to the best."""
+    step = event.metrics.get("step", 0)
+    loss = state.validation.loss if state.validation else None
+    if event.best:
+        remark = "  best so far" if step else ""
+    else:
+        remark = f"  best {loss_text(state.best.loss)} at step {state.best.step}" if state.best else ""
+    return f"validation at step {step}: loss {loss_text(loss)}{remark}"
+
+
+def test_line(event: Tested) -> str:
+    """The test's loss and perplexity."""
+    perplexity = math.exp(event.loss) if event.loss < 700 else math.inf
+    return f"test: loss {loss_text(event.loss)}, perplexity {perplexity:,.3f}, {event.tokens:,} tokens"
+
+
+def finished_lines(event: RunFinished, state: RunState) -> list[str]:
+    """How it ended, where everything is, and what to type next."""
+    time_spent = f" in {duration_text(state.train_seconds)}" if state.train_seconds else ""
+    lines = [f"{STATUS_TEXT.get(event.status, event.status)}: {state.step:,} steps{time_spent}"]
+    width = max((len(label) for label, _ in event.summary), default=0)
+    lines += [f"  {one_line(label):<{width}}  {one_line(value)}" for label, value in event.summary]
+    for purpose, command in event.next_commands:
+        lines += [f"{one_line(purpose)}:", f"  {one_line(command)}"]
+    return lines
+
+
+EVENT_NAMES = {
+    RunStarted: "started",
+    StepFinished: "step",
+    Validated: "validation",
+    Sampled: "sample",
+    Tested: "test",
+    Advanced: "progress",
+    Noted: "note",
+    RunFinished: "finished",
+}
+
+
+class JsonView:
+    """One JSON object per event and line: ``{"event": "step", "step": 1, "loss": …}``. What is not finite is null."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._writer = LineWriter(stream)
+
+    def handle(self, event: RunEvent) -> None:
+        values: dict[str, Any] = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+        values = {**values.pop("metrics", {}), **values}
+        values.pop("history", None)
+        self._writer.write(json.dumps(_plain({"event": EVENT_NAMES[type(event)], **values}), allow_nan=False))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say, with anything else as text."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {str(key): _plain(held) for key, held in value.items()}
+        case list() | tuple():
+            return [_plain(held) for held in value]
+        case None | bool() | int() | str():
+            return value
+        case _:
+            return str(value)

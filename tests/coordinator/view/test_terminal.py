@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import io
+import math
+import sys
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from coordinator.stream import Advanced, Noted, RunEvent, Sampled, StepFinished, Validated
+from coordinator.view import make_view
+from coordinator.view.blocks import bar, plot
+from coordinator.view.frame import frame, pressure_style
+from coordinator.view.plain import JsonView, PlainView
+from coordinator.view.state import RunState
+from coordinator.view.terminal import TerminalView
+from tests.coordinator.view.synthetic import started, step_metrics, validation_metrics, whole_run
+
+GIB = 1 << 30
+
+
+def lines(*events: RunEvent, width: int = 80, height: int = 30, memory: int = 16 * GIB) -> list[str]:
+    state = RunState()
+    for event in events:
+        state.apply(event)
+    return [line.plain for line in frame(state, width, height, memory)]
+
+
+def during(steps: int) -> list[RunEvent]:
+    """The events of a run until a step is done."""
+    events: list[RunEvent] = []
+    for event in whole_run():
+        events.append(event)
+        if isinstance(event, StepFinished) and event.metrics["step"] == steps:
+            return events
+    raise AssertionError
+
+
+@pytest.mark.parametrize("width", [1, 7, 20, 25, 39, 40, 71, 72, 80, 108, 250])
+@pytest.mark.parametrize("height", [1, 3, 9, 24, 60])
+def test_a_frame_never_leaves_its_room(width: int, height: int) -> None:
+    wide: list[RunEvent] = [
+        Sampled(20, "提示" * 30, "文" * 200),
+        Noted("x", "語" * 200, "warning"),
+        Advanced("検証" * 20, 3, 10),
+    ]
+    found = lines(*during(57), *wide, width=width, height=height)
+    assert len(found) <= height
+    assert max(cell_len(line) for line in found) <= width
+    assert found[0 if height < 24 else -1]
+
+
+def test_eighty_columns_show_it_all() -> None:
+    text = "\n".join(lines(*during(57)))
+    for part in (
+        "step 57/100",
+        "57%",
+        "56 s left",
+        "1.631 at step 40",
+        "945 tokens/s",
+        "72% · 11.5 GB peak",
+        "3.91e-06",
+    ):
+        assert part in text
+    for part in ("Studio · M2 Max", "worker ended by signal 9", "SELECT name FROM tables", "█"):
+        assert part in text
+
+
+def test_the_step_and_its_figures_outlive_the_rest_on_a_small_screen() -> None:
+    found = lines(*during(57), height=5)
+    assert found[0].startswith("adapters") or found[0].startswith("step 57/100")
+    assert any(line.startswith("step 57/100") for line in found)
+    assert any("tokens/s" in line for line in found)
+    assert not any("█" in line for line in found)
+
+
+def test_a_long_task_has_its_own_bar_before_training() -> None:
+    assert lines(Advanced("tokenising train", 2500, 10_000)) == [
+        "tokenising train ━━━━━━━━━━" + "─" * 30 + " 2,500/10,000"
+    ]
+    assert lines(Advanced("loading model", 0, 0)) == ["loading model …"]
+
+
+def test_no_validation_and_unknown_memory_read_as_missing() -> None:
+    metrics = step_metrics(1, peak_memory_bytes=None)
+    text = "\n".join(lines(started(), StepFinished(metrics, report=True)))
+    assert "validation -" in text
+    assert "memory     -" in text
+    assert "11.5 GB peak" in "\n".join(lines(*during(57), memory=0))
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf, 0.0, -1.0, 1e30])
+def test_any_loss_can_be_drawn(loss: float | None) -> None:
+    events = [StepFinished(step_metrics(s, loss=loss), report=True) for s in range(1, 20)]
+    found = lines(started(), *events, Validated(validation_metrics(19, val_loss=loss), best=False))
+    assert ("not a finite number" in "\n".join(found)) == (loss is not None and not math.isfinite(loss))
+
+
+def test_markup_in_a_run_is_text() -> None:
+    found = lines(started(name="[red]x[/nope]", facts=(("[b]", "[/b]"),)), Noted("x", "[bold]done[/"))
+    assert found[0].startswith("[red]x[/nope]")
+    assert "[bold]done[/" in found
+
+
+def test_a_hundred_thousand_steps_are_drawn_from_bounded_memory() -> None:
+    state = RunState()
+    state.apply(started(100_000))
+    for number in range(1, 100_001):
+        state.apply(
+            StepFinished({"step": number, "loss": 5 - number / 50_000, "tokens": 1, "seconds": 0.1}, report=False)
+        )
+    assert len(state.smoothed.buckets) <= 1000
+    found = [line.plain for line in frame(state, 80, 30, 0)]
+    assert any(line.lstrip().startswith("4.9") for line in found)
+    assert any(line.lstrip().startswith("3.0") for line in found)
+
+
+def test_pressure_has_three_colours() -> None:
+    assert [pressure_style(part, 100) for part in (50, 80, 95)] == ["green", "yellow", "bold red"]
+
+
+def test_bars_and_plots() -> None:
+    assert bar(0.25, 10) == ("━━╸", "─" * 7)
+    assert bar(7.0, 4) == ("━━━━", "")
+    assert plot([0, 1], 2, 2) == [" █", "▁█"]
+    assert plot([5, 5, 5], 3, 1) == ["▄▄▄"]
+    assert plot([], 3, 1) == []
+
+
+def recorded(width: int = 80, height: int = 30) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, record=True, highlight=False)
+
+
+def test_the_summary_stays_and_commands_stay_on_one_line() -> None:
+    console = recorded(width=50)
+    view = TerminalView(console, live=False)
+    for event in whole_run():
+        view.handle(event)
+    view.close()
+    text = console.export_text()
+    assert "Done: 100 steps in 1 min 41 s" in text
+    assert "test: loss 1.500" in text
+    assert "worker ended by signal 9" in text[text.index("step 100/100") :]
+    command = "coordinator generate --model mlx-community/Mistral-7B-v0.3-4bit --adapter-path adapters -p Hi"
+    assert f"  {command}\n" in text
+
+
+def test_an_interrupted_run_gives_the_terminal_back() -> None:
+    console = recorded()
+    view = TerminalView(console, live=False)
+    for event in during(30):
+        view.handle(event)
+    view.close()
+    view.close()
+    output = console.file.getvalue()  # type: ignore[attr-defined]
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1
+
+
+def test_a_resized_terminal_is_drawn_anew() -> None:
+    console = recorded()
+    view = TerminalView(console, live=False)
+    for event in during(30):
+        view.handle(event)
+    console.width = 50
+    before = len(console.file.getvalue())  # type: ignore[attr-defined]
+    console.print(view.renderable())
+    drawn = console.file.getvalue()[before:]  # type: ignore[attr-defined]
+    assert "\x1b[2J" in drawn
+    view.close()
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_view_fits_what_standard_output_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert isinstance(make_view("auto"), PlainView)
+    assert isinstance(make_view("json"), JsonView)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_view("auto"), PlainView)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert isinstance(make_view("auto"), TerminalView)
+    assert isinstance(make_view("plain"), PlainView)
+    assert isinstance(make_view("quiet"), PlainView)
