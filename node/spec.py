@@ -238,9 +238,10 @@ class CopyState:
 
 @dataclass(frozen=True)
 class Fuse:
-    """Merge the adapter into the model and write it out. Answered by ``Fused``.
+    """Merge the adapter into the model and write it out; needs no ``Setup``. Answered by ``Fused``.
 
     Attributes:
+        model: the base model and the adapter to merge.
         save_path: folder to write, created by this request.
         dequantize: write full-precision weights from a quantized base.
         gguf_path: GGUF file to write beside the model, or "".
@@ -250,6 +251,7 @@ class Fuse:
         peft_path: folder for the adapter in PEFT's layout, or "".
     """
 
+    model: ModelSpec
     save_path: str
     dequantize: bool = False
     gguf_path: str = ""

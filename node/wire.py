@@ -123,7 +123,7 @@ def _fill_tuple(items: tuple[Any, ...] | None, element: Any, message: Any, name:
         getattr(message, name).extend(items or ())
 
 
-def _read(cls: type, message: Any) -> Any:
+def _read(cls: Any, message: Any) -> Any:
     """A dataclass from a message."""
     values: dict[str, Any] = {}
     for name, full_hint in _hints(cls).items():
@@ -148,7 +148,7 @@ def _read_tuple(element: Any, items: Any) -> tuple[Any, ...]:
     if element is int:
         return tuple(int(item) for item in _read_array(items))
     if dataclasses.is_dataclass(element):
-        return tuple(_read(typing.cast(type, element), item) for item in items)
+        return tuple(_read(element, item) for item in items)
     return tuple(items)
 
 

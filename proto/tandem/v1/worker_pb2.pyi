@@ -427,6 +427,7 @@ Global___CopyState: _TypeAlias = CopyState  # noqa: Y015
 class Fuse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
     SAVE_PATH_FIELD_NUMBER: _builtins.int
     DEQUANTIZE_FIELD_NUMBER: _builtins.int
     GGUF_PATH_FIELD_NUMBER: _builtins.int
@@ -441,9 +442,12 @@ class Fuse(_message.Message):
     source: _builtins.str
     fused_model: _builtins.bool
     peft_path: _builtins.str
+    @_builtins.property
+    def model(self) -> Global___ModelSpec: ...
     def __init__(
         self,
         *,
+        model: Global___ModelSpec | None = ...,
         save_path: _builtins.str = ...,
         dequantize: _builtins.bool = ...,
         gguf_path: _builtins.str = ...,
@@ -452,9 +456,9 @@ class Fuse(_message.Message):
         fused_model: _builtins.bool = ...,
         peft_path: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dequantize", b"dequantize", "fused_model", b"fused_model", "gguf_path", b"gguf_path", "gguf_type", b"gguf_type", "peft_path", b"peft_path", "save_path", b"save_path", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dequantize", b"dequantize", "fused_model", b"fused_model", "gguf_path", b"gguf_path", "gguf_type", b"gguf_type", "model", b"model", "peft_path", b"peft_path", "save_path", b"save_path", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,29 @@
+"""``python -P -m node.worker --fd N``: serve the socket that the supervisor handed over."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+
+from node.channel import BlockingChannel
+from node.worker.inbox import Inbox
+
+
+def main() -> int:
+    """Run until told to stop, or until the supervisor is gone."""
+    parser = argparse.ArgumentParser(prog="node.worker")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the connected socket")
+    arguments = parser.parse_args()
+    # Ctrl-C in a terminal reaches every process of the foreground: only the coordinator decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox = Inbox(BlockingChannel(socket.socket(fileno=arguments.fd)))
+
+    from node.worker.loop import Worker
+
+    return 0 if Worker(inbox).run() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Copies of the trainable state on disk, written beside the training.
+
+A copy is two safetensors files: the weights, in the form of ``mlx_lm``'s adapter files, and the optimizer's state. With
+the step number that is all that exact resume needs, since data order, schedule and row randomness are functions of it.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from node.errors import TandemError, UserError
+from node.events import Copied, CopyFailed, Event
+from node.files import replacing, sha256_of
+from node.spec import FileRef, Restore
+from node.worker.trainer import Arrays, Published
+
+KEPT_COPIES = 2
+
+
+def save_arrays(path: Path, arrays: Arrays) -> FileRef:
+    """Write evaluated arrays to a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    with replacing(path) as partial:
+        try:
+            mx.save_safetensors(str(partial), arrays, metadata={"format": "mlx"})
+        except RuntimeError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        # MLX does not look at what the file system answers: a full disk leaves a short file and no error.
+        if partial.stat().st_size != _expected_size(partial):
+            raise OSError(f"cannot write {path}: the disk is full")
+        size, digest = partial.stat().st_size, sha256_of(partial)
+    return FileRef(path.name, digest, size)
+
+
+def _expected_size(path: Path) -> int:
+    """Size of a safetensors file according to its own header; -1 where even that is cut off."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        header = file.read(length)
+    if len(head) < 8 or len(header) < length:
+        return -1
+    entries = json.loads(header)
+    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    return 8 + length + max(ends, default=0)
+
+
+def load_copy(folder: Path, request: Restore) -> Published:
+    """Read a copy back.
+
+    Raises:
+        UserError: a file is missing, or its content is not what its checksum says.
+    """
+    loaded: list[Arrays] = []
+    for ref in (request.weights, request.optimizer):
+        path = folder / ref.name
+        if not path.exists() or path.stat().st_size != ref.size or sha256_of(path) != ref.sha256:
+            raise UserError(f"the copy of step {request.step} is damaged: {path.name} does not match its checksum")
+        arrays = mx.load(str(path))
+        assert isinstance(arrays, dict)
+        loaded.append(arrays)
+    return Published(request.step, loaded[0], loaded[1])
+
+
+class Copier:
+    """Writes copies in a thread of its own, so that training does not wait for the disk.
+
+    Args:
+        folder: where copies go.
+        emit: takes ``Copied`` and ``CopyFailed``.
+    """
+
+    def __init__(self, folder: Path, emit: Callable[[Event], None]) -> None:
+        self._folder = folder
+        self._emit = emit
+        self._waiting: queue.Queue[tuple[Published, bool] | None] = queue.Queue(maxsize=2)
+        self._own: list[tuple[Path, Path]] = []
+        self._thread = threading.Thread(target=self._run, name="copier", daemon=True)
+        self._thread.start()
+
+    def copy(self, state: Published, *, requested: bool) -> None:
+        """Have this state written; waits while two older ones still are."""
+        self._waiting.put((state, requested))
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            state, requested = item
+            try:
+                self._emit(self._write(state, requested))
+            except (OSError, TandemError) as error:
+                self._emit(CopyFailed(state.step, requested, str(error)))
+
+    def _write(self, state: Published, requested: bool) -> Copied:
+        name = f"{state.step:07d}{'-checkpoint' if requested else ''}"
+        weights = self._folder / f"{name}.weights.safetensors"
+        moments = self._folder / f"{name}.optimizer.safetensors"
+        copied = Copied(
+            state.step, requested, save_arrays(weights, state.parameters), save_arrays(moments, state.moments)
+        )
+        if not requested:
+            self._own.append((weights, moments))
+            for old in self._own[:-KEPT_COPIES]:
+                for path in old:
+                    path.unlink(missing_ok=True)
+            self._own = self._own[-KEPT_COPIES:]
+        return copied

@@ -1,0 +1,184 @@
+"""One optimizer step, written for many ranks.
+
+Each rank adds up the sum of token losses and its gradient over its share. A reduction that is passed in adds the ranks
+together; then every rank divides by the global number of target tokens, clips, and applies the same update.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from node.events import ComputeStarted, Event, ReduceEntered, StepDone
+from node.spec import OptimizerSpec, Rows, Share
+from node.worker.loss import Batch, loss_sum, pad
+from node.worker.optimizer import Optimizer, learning_rates
+from node.worker.randomness import RowContext, row_keys
+
+Arrays = dict[str, mx.array]
+
+
+class Reduction(Protocol):
+    """Adds the ranks' sums together."""
+
+    def __call__(self, gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+        """The sums over all ranks of the gradients, the losses and the target tokens."""
+
+
+def alone(gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+    """The reduction of a single rank: nothing to add."""
+    return gradients, loss.item(), tokens  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Published:
+    """The trainable state after a step: evaluated arrays that nobody changes any more.
+
+    Row randomness is a function of (seed, step, row), so the step is all of the random state there is.
+    """
+
+    step: int
+    parameters: Arrays
+    moments: Arrays = field(default_factory=dict)
+
+
+class Trainer:
+    """Holds what is trained and applies steps to it.
+
+    Args:
+        model: made trainable by ``tuning.make_trainable``.
+        spec: the update rule.
+        seed: keys the rows' randomness.
+        context: the one that was given to ``make_trainable``.
+        emit: takes the phase events.
+        reduce: adds up the ranks.
+        clear_cache_threshold: bytes of cached memory above which the cache is cleared after a step; 0 never.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: OptimizerSpec,
+        seed: int,
+        context: RowContext,
+        *,
+        emit: Callable[[Event], None],
+        reduce: Reduction = alone,
+        clear_cache_threshold: int = 0,
+    ) -> None:
+        self._model = model
+        self._spec = spec
+        self._seed = seed
+        self._context = context
+        self._emit = emit
+        self._reduce = reduce
+        self._clear_cache_threshold = clear_cache_threshold
+        self._rate_at = learning_rates(spec)
+        self._parameters: dict[str, Any] = model.trainable_parameters()
+        self._optimizer = Optimizer(spec, self._parameters)
+        # On the CPU, compiling starts a C++ compiler for each shape and gains next to nothing.
+        gradient = mx.value_and_grad(self._loss)
+        self._gradient = mx.compile(gradient) if mx.default_device().type == mx.gpu else gradient
+        self.step = 0
+        mx.eval(self._parameters, self._optimizer.arrays())
+
+    def published(self) -> Published:
+        """The state after the last applied step."""
+        return Published(self.step, dict(tree_flatten(self._parameters)), self._optimizer.arrays())
+
+    def restore(self, state: Published) -> None:
+        """Go back (or on) to another step's state.
+
+        Raises:
+            UserError: the state belongs to other trained layers or another optimizer.
+        """
+        self._optimizer.restore(state.moments)
+        self._parameters = tree_unflatten(list(state.parameters.items()))
+        self._model.update(self._parameters)
+        self.step = state.step
+        mx.eval(self._parameters, self._optimizer.arrays())
+
+    def run(self, share: Share) -> StepDone:
+        """Apply one step: this rank's share of the global batch, summed with the other ranks'."""
+        started = time.perf_counter()
+        self._emit(ComputeStarted(share.step))
+        gradients, loss, tokens = self._accumulate(share)
+        computed = time.perf_counter()
+        self._emit(ReduceEntered(share.step))
+        gradients, total_loss, total_tokens = self._reduce(gradients, loss, tokens)
+        reduced = time.perf_counter()
+        learning_rate = self._rate_at(share.step)
+        grad_norm = self._apply(gradients, total_tokens, learning_rate)
+        self.step = share.step
+        if 0 < self._clear_cache_threshold < mx.get_cache_memory():
+            mx.clear_cache()
+        return StepDone(
+            step=share.step,
+            loss_sum=total_loss,
+            tokens=total_tokens,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            seconds=time.perf_counter() - started,
+            compute_seconds=computed - started,
+            wait_seconds=reduced - computed,
+            peak_memory_bytes=mx.get_peak_memory(),
+            padded_tokens=sum(len(rows.lengths) * rows.padded_length for rows in share.micro_batches),
+        )
+
+    def _accumulate(self, share: Share) -> tuple[Arrays, mx.array, int]:
+        """Sums of gradients (fp32 where there is more than one part), losses and target tokens of a share."""
+        loss = mx.array(0.0)
+        gradients: Any = None
+        self._model.train()
+        for rows in share.micro_batches:
+            part_loss, part = self._micro_batch(share.step, rows)
+            loss = loss + part_loss
+            if len(share.micro_batches) > 1:
+                part = tree_map(lambda g: g.astype(mx.float32), part)
+            gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+            mx.eval(loss, gradients)
+        # The gradient function leaves its own arrays in the model; the parameters are ours.
+        self._model.update(self._parameters)
+        if gradients is None:
+            gradients = tree_map(mx.zeros_like, self._parameters)
+        return dict(tree_flatten(gradients)), loss, sum(rows.target_tokens for rows in share.micro_batches)
+
+    def _micro_batch(self, step: int, rows: Rows) -> tuple[mx.array, Any]:
+        batch = pad(rows)
+        keys = mx.array(row_keys(self._seed, step, rows.ids))
+        result: tuple[mx.array, Any] = self._gradient(
+            self._parameters, batch.inputs, batch.targets, batch.mask, batch.lengths, keys
+        )
+        return result
+
+    def _loss(
+        self, parameters: Any, inputs: mx.array, targets: mx.array, mask: mx.array, lengths: mx.array, keys: mx.array
+    ) -> mx.array:
+        self._model.update(parameters)
+        self._context.keys, self._context.lengths = keys, lengths
+        try:
+            return loss_sum(self._model, Batch(inputs, targets, mask, lengths))
+        finally:
+            self._context.keys = self._context.lengths = None
+
+    def _apply(self, gradients: Arrays, tokens: int, learning_rate: float) -> float:
+        """Divide by the global token count, clip, update; one synchronisation with the device."""
+        parameters = dict(tree_flatten(self._parameters))
+        scale = 1.0 / max(tokens, 1)
+        means = {name: g * scale for name, g in gradients.items()}
+        norm = mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in means.values()), mx.array(0.0)))
+        if self._spec.max_grad_norm > 0:
+            factor = mx.minimum(1.0, self._spec.max_grad_norm / (norm + 1e-6))
+            means = {name: g * factor for name, g in means.items()}
+        means = {name: g.astype(parameters[name].dtype) for name, g in means.items()}
+        updated = self._optimizer.update(self._parameters, tree_unflatten(list(means.items())), learning_rate)
+        self._parameters = updated
+        self._model.update(updated)
+        mx.eval(norm, updated, self._optimizer.arrays())
+        return norm.item()  # type: ignore[return-value]
