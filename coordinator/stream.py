@@ -6,6 +6,7 @@ readers of this one stream. Each reader has one method, ``handle(event)``; the j
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -112,9 +113,7 @@ class RunFinished:
     next_commands: tuple[tuple[str, str], ...]
 
 
-RunEvent = (
-    RunStarted | StepFinished | Validated | Sampled | Tested | Advanced | Noted | RunFinished
-)
+RunEvent = RunStarted | StepFinished | Validated | Sampled | Tested | Advanced | Noted | RunFinished
 
 
 class Reader(Protocol):
@@ -125,3 +124,25 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """The stream has ended, for whatever reason; called once."""
+
+
+class Broadcast:
+    """One reader that hands every event to several, in order."""
+
+    def __init__(self, readers: Iterable[Reader] = ()) -> None:
+        self._readers = list(readers)
+
+    def add(self, reader: Reader) -> None:
+        """Hand events to this one too, from now on."""
+        self._readers.append(reader)
+
+    def handle(self, event: RunEvent) -> None:
+        """See ``Reader``."""
+        for reader in self._readers:
+            reader.handle(event)
+
+    def close(self) -> None:
+        """See ``Reader``."""
+        for reader in self._readers:
+            reader.close()
+        self._readers = []

@@ -1,0 +1,120 @@
+"""YAML configuration: ``mlx_lm``'s files and our own, under the flags of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coordinator.config import MLX_LM_SCALE, TrainConfig, names, unknown_option
+from node.errors import UserError
+
+# Other spellings, and keys of mlx_lm that mean nothing here.
+ALIASES = {"lora_layers": "num_layers", "de_quantize": "dequantize"}
+ACCEPTED = ("train", "config")
+LORA_KEYS = {"rank": "lora_rank", "scale": "lora_scale", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+# The first resolver that fits wins: whole numbers before the wider pattern of floats.
+for _letter, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    _Loader.yaml_implicit_resolvers[_letter] = sorted(_resolvers, key=lambda item: not item[0].endswith(":int"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, by our names.
+
+    Raises:
+        UserError: not readable, not YAML, or a key that is no option.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected 'option: value' lines, found {type(content).__name__}")
+    known = set(names())
+    options: dict[str, Any] = {}
+    for key, value in content.items():
+        name = ALIASES.get(str(key), str(key)).replace("-", "_")
+        if name in ACCEPTED:
+            continue
+        if name not in known:
+            raise unknown_option(str(key), f"--config {path}")
+        options[name] = tuple(value) if isinstance(value, list) and _is_tuple(name) else value
+        if isinstance(value, str) and _is_tuple(name):
+            options[name] = tuple(word.strip() for word in value.split(",") if word.strip())
+    # mlx_lm writes `key: null` for "not set".
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def merge(file_options: Mapping[str, Any], flag_options: Mapping[str, Any]) -> TrainConfig:
+    """Flags over the file over the preset over the defaults.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+    flags = {name: value for name, value in flag_options.items() if value is not None}
+    options = {**_spread(file_options), **_spread(flags)}
+    for given, other in (("lora_alpha", "lora_scale"), ("iters", "epochs"), ("mask", "mask_prompt")):
+        for name, twin in ((given, other), (other, given)):
+            if name in flags and twin not in flags:
+                options.pop(twin, None)
+    if options.get("preset") == "mlx-lm":
+        options.setdefault("warmup", 0)
+        if not {"lora_scale", "lora_alpha"} & set(options):
+            options["lora_scale"] = MLX_LM_SCALE
+    try:
+        return TrainConfig(**options)
+    except TypeError as error:
+        raise UserError(f"an option has a value of the wrong kind: {error}") from error
+
+
+def write_yaml(config: TrainConfig) -> str:
+    """A file that ``-c`` reads back as the same configuration."""
+    values = {}
+    for name, value in dataclasses.asdict(config).items():
+        if value is not None and value not in ((), {}):
+            values[name] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _spread(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with ``lora_parameters`` taken apart; what is said outside of it wins."""
+    spread = dict(options)
+    parameters = spread.pop("lora_parameters", None)
+    if parameters is None:
+        return spread
+    if not isinstance(parameters, Mapping):
+        raise UserError("lora_parameters must be a mapping with rank, scale, dropout, keys")
+    for key, value in parameters.items():
+        name = "lora_keys" if key == "keys" else LORA_KEYS.get(key)
+        if name is None:
+            raise UserError(f"lora_parameters: unknown key {key}; known are {', '.join([*LORA_KEYS, 'keys'])}")
+        if value is not None:
+            spread.setdefault(name, tuple(value) if key == "keys" else value)
+    return spread
+
+
+def _is_tuple(name: str) -> bool:
+    (item,) = (field for field in dataclasses.fields(TrainConfig) if field.name == name)
+    return str(item.type).startswith("tuple")

@@ -1,0 +1,72 @@
+"""What happens in which order: a pure function of the intervals. Steps count optimizer updates, intervals batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["validate", "train", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing to do, at a step: a validation or a checkpoint follows that step."""
+
+    kind: Kind
+    step: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """The order of a run.
+
+    Attributes:
+        total_iters: batches to train on.
+        accumulation: batches in a step; the last step takes what is left.
+        save_every, steps_per_eval, steps_per_report: intervals, in batches.
+        validates: whether there is anything to validate on.
+    """
+
+    total_iters: int
+    accumulation: int
+    save_every: int
+    steps_per_eval: int
+    steps_per_report: int
+    validates: bool
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.total_iters // self.accumulation)
+
+    def iters(self, step: int) -> range:
+        """The batches, from 1, that this step takes."""
+        return range((step - 1) * self.accumulation + 1, min(step * self.accumulation, self.total_iters) + 1)
+
+    def last_iter(self, step: int) -> int:
+        """Batches trained on when this step is done."""
+        return min(step * self.accumulation, self.total_iters)
+
+    def step_of(self, iteration: int) -> int:
+        """The step that takes this batch."""
+        return -(-iteration // self.accumulation)
+
+    def reports(self, step: int) -> bool:
+        """Whether this step is worth a line."""
+        return self._falls_in(self.steps_per_report, step)
+
+    def actions(self, first_step: int) -> Iterator[Action]:
+        """Everything from this step to the end; a run from the beginning validates before its first step."""
+        if self.validates and first_step == 1:
+            yield Action("validate", 0)
+        for step in range(first_step, self.total_steps + 1):
+            yield Action("train", step)
+            if self.validates and self._falls_in(self.steps_per_eval, step):
+                yield Action("validate", step)
+            if self._falls_in(self.save_every, step):
+                yield Action("checkpoint", step)
+
+    def _falls_in(self, interval: int, step: int) -> bool:
+        batches = self.iters(step)
+        return step == self.total_steps or batches[-1] // interval > (batches[0] - 1) // interval
