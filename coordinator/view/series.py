@@ -33,6 +33,16 @@ class Bucket:
     def middle(self) -> float:
         return (self.first + self.last) / 2
 
+    def add(self, position: float, value: float) -> None:
+        """Take in one more point after all others."""
+        self.last = position
+        self.count += 1
+        self.total += value
+        if value < self.low:
+            self.low, self.low_at = value, position
+        if value > self.high:
+            self.high, self.high_at = value, position
+
     def join(self, later: Bucket) -> Bucket:
         """Both buckets as one."""
         low, high = min(self, later, key=lambda b: b.low), max(self, later, key=lambda b: b.high)
@@ -66,9 +76,8 @@ class Series:
         if not math.isfinite(value):
             self.missing += 1
             return
-        point = Bucket(position, position, 1, value, value, position, value, position)
         if self.buckets and self.buckets[-1].count < self.per_bucket:
-            self.buckets[-1] = self.buckets[-1].join(point)
+            self.buckets[-1].add(position, value)
             return
         if len(self.buckets) >= self._limit:
             pairs = zip(self.buckets[::2], self.buckets[1::2], strict=False)
@@ -77,7 +86,7 @@ class Series:
             self.per_bucket *= 2
             self.append(position, value)
             return
-        self.buckets.append(point)
+        self.buckets.append(Bucket(position, position, 1, value, value, position, value, position))
 
     def outline(self) -> list[tuple[float, float]]:
         """The curve through every bucket's extremes: what the full curve looks like when drawn this narrow."""

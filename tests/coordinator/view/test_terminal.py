@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
 import sys
 
 import pytest
@@ -188,3 +189,8 @@ def test_the_view_fits_what_standard_output_is(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(make_view("auto"), TerminalView)
     assert isinstance(make_view("plain"), PlainView)
     assert isinstance(make_view("quiet"), PlainView)
+
+
+def test_what_only_a_terminal_needs_is_not_imported_for_lines() -> None:
+    code = "import sys, coordinator.view; sys.exit('rich' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,0 +1,131 @@
+"""The parts of a report that are text: summary, samples, commands, timeline, configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from typing import Any
+
+from coordinator.view.format import duration_text, finite, shortened
+
+MOST_EVENTS = 400
+MOST_SAMPLES = 60
+SHOWN_SAMPLES = 3
+TEXT_CHARACTERS = 4000
+
+
+def summary_html(summary: Mapping[str, str]) -> str:
+    """Labelled lines."""
+    rows = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(str(text))}</dd></div>" for label, text in summary.items()
+    )
+    return f"<section aria-label=Summary><dl class=facts>{rows}</dl></section>" if rows else ""
+
+
+def commands_html(commands: Sequence[tuple[str, str]]) -> str:
+    """Commands, each with its purpose."""
+    items = "".join(
+        f"<p>{escape(purpose)}</p><div class=command><pre><code>{escape(command)}</code></pre></div>"
+        for purpose, command in commands
+    )
+    return f"<section><h2>What to type next</h2>{items}</section>" if items else ""
+
+
+def samples_html(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Generated texts by prompt, the newest first; all but the first few folded away."""
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples[-MOST_SAMPLES:]:
+        by_prompt.setdefault(str(sample.get("prompt", "")), []).append(sample)
+    cards = []
+    for prompt, texts in by_prompt.items():
+        rows = [_sample(text) for text in reversed(texts)]
+        older = "".join(rows[SHOWN_SAMPLES:])
+        count = len(rows) - SHOWN_SAMPLES
+        folded = f"<details><summary>{count} earlier</summary>{older}</details>" if older else ""
+        cards.append(f"<article><h3>{escape(prompt)}</h3>{''.join(rows[:SHOWN_SAMPLES])}{folded}</article>")
+    return f"<section class=samples><h2>Samples</h2>{''.join(cards)}</section>" if cards else ""
+
+
+def timeline_html(events: Sequence[Mapping[str, Any]]) -> str:
+    """What happened, and when since the beginning."""
+    if not events:
+        return ""
+    kept = _most_telling(events)
+    times = [time for event in events if (time := finite(event.get("time"))) is not None]
+    began = min(times, default=0.0)
+    start = _moment(began)
+    when = f"<p class=quiet>Times count from {start:%Y-%m-%d %H:%M:%S %Z}.</p>" if times and start else ""
+    left_out = len(events) - len(kept)
+    more = f"<p class=remark>{left_out:,} more are in events.jsonl.</p>" if left_out else ""
+    items = "".join(_event(event, began) for event in kept)
+    box = "<div class='scroll tall' tabindex=0 role=region aria-label=Events>"
+    return f"<section><h2>Events</h2>{when}{box}<ol class=timeline>{items}</ol></div>{more}</section>"
+
+
+def config_html(config: Mapping[str, Any]) -> str:
+    """Every option with its value."""
+    rows = "".join(
+        f"<div><dt>{escape(key)}</dt><dd{' class=quiet' if value is None else ''}>{escape(_option(value))}</dd></div>"
+        for key, value in _flat(config)
+    )
+    return f"<section><h2>Configuration</h2><dl class=options>{rows}</dl></section>" if rows else ""
+
+
+def _sample(sample: Mapping[str, Any]) -> str:
+    step = finite(sample.get("step"))
+    label = f"step {step:,.0f}" if step is not None else ""
+    text = shortened(str(sample.get("text", "")), TEXT_CHARACTERS)
+    return f"<div class=sample><span class=step>{label}</span><p dir=auto>{escape(text) or '<i>nothing</i>'}</p></div>"
+
+
+def _event(event: Mapping[str, Any], began: float) -> str:
+    level = str(event.get("level", "info"))
+    time = finite(event.get("time"))
+    moment = _moment(time) if time is not None else None
+    shown = f"+{duration_text(time - began)}" if time is not None else ""
+    stamp = (
+        f'<time datetime="{moment.isoformat()}" title="{moment:%Y-%m-%d %H:%M:%S}">{shown}</time>' if moment else shown
+    )
+    kind = escape(str(event.get("kind", "")).replace("_", " "))
+    style = level if level in {"warning", "error"} else "info"
+    word = f"<b>{escape(level)}</b> " if style != "info" else ""
+    message = escape(shortened(str(event.get("message", "")), TEXT_CHARACTERS))
+    return f"<li class={style}>{stamp}<span class=what>{kind}</span><span>{word}{message}</span></li>"
+
+
+def _most_telling(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All events, or where there are too many: warnings and errors before the rest, the newest before the oldest."""
+    if len(events) <= MOST_EVENTS:
+        return list(events)
+    plain = [i for i, event in enumerate(events) if event.get("level", "info") == "info"]
+    telling = [i for i, event in enumerate(events) if event.get("level", "info") != "info"][-MOST_EVENTS:]
+    room = MOST_EVENTS - len(telling)
+    return [events[i] for i in sorted([*telling, *(plain[-room:] if room else [])])]
+
+
+def _moment(time: float) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(time).astimezone()
+    except (OverflowError, OSError, ValueError):
+        return None
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in config.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _option(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value, ensure_ascii=False, default=str)
