@@ -68,47 +68,52 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.per_epoch = -(-len(lengths) // batch_size)
-        self._epoch = -1
-        self._order: list[Indices] = []
+        self._epoch: _Epoch | None = None
 
     def rows(self, iteration: int) -> Indices:
         """Row ids of the batch of this iteration, counted from 1."""
         if iteration < 1:
             raise ValueError("iterations are counted from 1")
-        epoch, position = divmod(iteration - 1, self.per_epoch)
-        if epoch != self._epoch:
-            self._order = _epoch_batches(self.lengths, self.batch_size, self.seed, epoch)
-            self._epoch = epoch
-        return self._order[position]
+        number, position = divmod(iteration - 1, self.per_epoch)
+        if self._epoch is None or self._epoch.number != number:
+            self._epoch = _order_epoch(self.lengths, self.batch_size, self.seed, number)
+        return self._epoch.batch(position)
 
 
-def _epoch_batches(lengths: Int32, batch_size: int, seed: int, epoch: int) -> list[Indices]:
-    bits = np.random.Philox(np.random.SeedSequence([seed % 2**63, epoch]))
-    order = _shuffled(bits, len(lengths))
-    window = batch_size * max(WINDOW_BATCHES, WINDOW_ROWS // batch_size)
-    batches: list[Indices] = []
-    for start in range(0, len(order), window):
-        rows = order[start : start + window]
-        # By rung, not by length: the padding is the same, and which rows meet in a batch differs more between epochs.
-        rungs = np.searchsorted(_RUNGS, lengths[rows] - 1)
-        rows = rows[np.argsort(rungs, kind="stable")]
-        batches += _cut(bits, rows, batch_size)
-    mixed = [batches[i] for i in _shuffled(bits, len(batches))]
-    # The smaller batch closes the epoch: its place does not depend on the shuffle, and it weighs on no step before.
-    mixed.sort(key=lambda batch: len(batch) < batch_size)
-    return mixed
+@dataclass(frozen=True)
+class _Epoch:
+    """One epoch's order: row ids, where each batch of them starts, and the order of the batches."""
+
+    number: int
+    rows: Indices
+    starts: Indices
+    order: Indices
+
+    def batch(self, position: int) -> Indices:
+        index = self.order[position]
+        return self.rows[self.starts[index] : self.starts[index + 1]]
 
 
-def _cut(bits: np.random.Philox, rows: Indices, batch_size: int) -> list[Indices]:
-    """Cut sorted rows into batches; where they do not divide, the smaller one is at a random place, not the longest."""
-    rest = len(rows) % batch_size
-    if rest == 0:
-        return np.split(rows, np.arange(batch_size, len(rows), batch_size))
-    count = len(rows) // batch_size + 1
-    small = int(bits.random_raw() % count)
-    sizes = np.full(count, batch_size)
-    sizes[small] = rest
-    return np.split(rows, np.cumsum(sizes)[:-1])
+def _order_epoch(lengths: Int32, batch_size: int, seed: int, number: int) -> _Epoch:
+    bits = np.random.Philox(np.random.SeedSequence([seed % 2**63, number]))
+    count = len(lengths)
+    rows = _shuffled(bits, count)
+    # By rung, not by length: the padding is the same, and which rows meet in a batch differs more between epochs.
+    rungs = np.searchsorted(_RUNGS, lengths[rows] - 1)
+    windows = np.arange(count) // (batch_size * max(WINDOW_BATCHES, WINDOW_ROWS // batch_size))
+    rows = rows[np.lexsort((rungs, windows))]
+    batches = -(-count // batch_size)
+    sizes = np.full(batches, batch_size)
+    order = _shuffled(bits, batches)
+    rest = count % batch_size
+    if rest:
+        # The smaller batch is cut from a random place of the last window, not always from its longest rows, and
+        # closes the epoch.
+        first = int(np.searchsorted(windows, windows[-1])) // batch_size
+        small = int(first + bits.random_raw() % (batches - first))
+        sizes[small] = rest
+        order = np.concatenate([order[order != small], [small]])
+    return _Epoch(number, rows, np.concatenate([[0], np.cumsum(sizes)]), order)
 
 
 def _shuffled(bits: np.random.Philox, count: int) -> Indices:

@@ -18,7 +18,7 @@ from coordinator.data.chunks import tokenised_chunks
 from coordinator.data.formats import first_kind
 from coordinator.data.source import DataFile, DataSource, Split
 from coordinator.data.tokenise import RowTokeniser, TokeniseOptions
-from coordinator.data.tokenizer import load_tokenizer, vocabulary_size
+from coordinator.data.tokenizer import TOKENIZER_FILES, load_tokenizer, vocabulary_size
 from coordinator.data.tokenset import FORMAT_VERSION, DamagedTokenSet, TokenSet, TokenSetWriter
 from node.errors import UserError
 from node.files import CHUNK_BYTES, sync_folder
@@ -29,7 +29,6 @@ BUILDING = ".building-"
 STALE_SECONDS = 24 * 3600
 # Raised when the same input gives other tokens than before.
 RULES_VERSION = 1
-TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "*.jsonl")
 # Settings of the model that choose the tokenizer's class; the rest of config.json does not change tokens.
 TOKENIZER_SETTINGS = ("model_type", "tokenizer_class", "auto_map")
 

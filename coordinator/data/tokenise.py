@@ -44,12 +44,17 @@ class TokenisedRow:
     Attributes:
         tokens: (n,) token ids.
         spans: (2 * spans,) start and end of each span of target tokens; empty when nothing is left to train on.
-        cut: whether tokens were cut away at the end.
+        whole_length: tokens before the row was cut.
     """
 
     tokens: Int32
     spans: Int32
-    cut: bool
+    whole_length: int
+
+    @property
+    def cut(self) -> bool:
+        """Whether tokens were cut away at the end."""
+        return self.whole_length > len(self.tokens)
 
 
 class RowTokeniser:
@@ -130,6 +135,4 @@ class RowTokeniser:
         length = min(len(tokens), self.options.max_seq_length)
         whole = [(1, len(tokens))] if spans is None else spans
         kept = [(start, min(end, length)) for start, end in whole if start < min(end, length)]
-        return TokenisedRow(
-            np.array(tokens[:length], np.int32), np.array(kept, np.int32).reshape(-1), length < len(tokens)
-        )
+        return TokenisedRow(np.array(tokens[:length], np.int32), np.array(kept, np.int32).reshape(-1), len(tokens))

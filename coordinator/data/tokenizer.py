@@ -12,6 +12,8 @@ from coordinator.data.messages import with_string_arguments
 from coordinator.data.rows import BadRow, Message
 from node.errors import UserError
 
+# What a repository's tokenizer is made of, and what decides which tokens it gives.
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "*.jsonl")
 # The pairs by which mlx_lm tells that a model can think; it passes what it found to the chat template.
 THINKING_TOKENS = (
     ("<think>", "</think>"),
@@ -92,6 +94,23 @@ def _check_json(path: Path) -> None:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def find_tokenizer(model: str) -> Path:
+    """The folder of a model's tokenizer: a folder here, or the tokenizer's files of a repository, without its weights.
+
+    Raises:
+        UserError: there is no such model, or it cannot be fetched.
+    """
+    folder = Path(model).expanduser()
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        return folder
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(TOKENIZER_FILES)))
+    except Exception as error:
+        raise UserError(f"no folder {model}, and its tokenizer cannot be fetched: {_one_line(error)}") from error
 
 
 def vocabulary_size(path: Path) -> int | None:
