@@ -74,11 +74,12 @@ def fuse(model: ModelSpec, request: Fuse, progress: Progress) -> tuple[str, ...]
             written.append(Path(request.peft_path))
         if request.fused_model:
             with new_folder(target, (*WEIGHTS, *COMPANIONS)) as partial:
-                _write_model(partial, model, request, progress)
                 if gguf_path is not None:
+                    # First, because it is the one that a model or tokenizer may turn out not to fit.
                     inside = target.absolute() in gguf_path.absolute().parents
                     place = partial / os.path.relpath(gguf_path, target) if inside else gguf_path
                     _write_gguf(place, model, request, progress)
+                _write_model(partial, model, request, progress)
             written.append(target)
         elif gguf_path is not None:
             _write_gguf(gguf_path, model, request, progress)
@@ -179,10 +180,16 @@ def _write_model(folder: Path, spec: ModelSpec, request: Fuse, progress: Progres
 def _write_gguf(path: Path, spec: ModelSpec, request: Fuse, progress: Progress) -> None:
     """Always from full-precision weights: a quantized base is not quantized a second time on the way."""
     model, config = _merged(spec, dequantize=True)
-    tokenizer = load_tokenizer(
-        Path(spec.path), {"trust_remote_code": spec.trust_remote_code}, eos_token_ids=config.get("eos_token_id")
-    )
+    tokenizer = _tokenizer(spec, config)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = name_of(request.source or spec.path)
     write_gguf(path, model, tokenizer, config, gguf_type=request.gguf_type, name=name, progress=progress)
     write_text_atomically(path.with_name("Modelfile"), modelfile(path.name, tokenizer))
+
+
+def _tokenizer(spec: ModelSpec, config: dict[str, Any]) -> Any:
+    extra = {"trust_remote_code": spec.trust_remote_code}
+    try:
+        return load_tokenizer(Path(spec.path), extra, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # tokenizer code of any origin may raise anything
+        raise UserError(f"cannot load the tokenizer in {spec.path}: {' '.join(str(error).split())}") from error

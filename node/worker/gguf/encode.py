@@ -61,6 +61,6 @@ def encode(name: str, value: mx.array, kind: Type) -> Iterator[npt.NDArray[Any]]
 
 def _half(name: str, part: mx.array) -> npt.NDArray[np.float16]:
     largest = float(np.array(mx.abs(part).max().astype(mx.float32)))
-    if math.isfinite(largest) and largest > np.finfo(np.float16).max:
+    if math.isfinite(largest) and largest > float(np.finfo(np.float16).max):
         raise UserError(f"--export-gguf: {name} holds {largest:.3g}, too large for f16; use --gguf-type bf16 or f32")
     return np.array(part.astype(mx.float16))
