@@ -114,6 +114,14 @@ def describe(found: Facts) -> str:
     return " · ".join(parts)
 
 
+def default_gpu_memory(total_memory_bytes: int) -> int:
+    """What macOS lets the GPU of an Apple chip use at once, unless its owner has said otherwise.
+
+    As Metal reports it up to the M4; newer systems allow somewhat more, so this errs on the safe side.
+    """
+    return total_memory_bytes * 2 // 3 if total_memory_bytes < 36 * GIB else total_memory_bytes * 3 // 4
+
+
 def installed_version(distribution: str) -> str | None:
     """The version of an installed package, without importing it."""
     try:
@@ -144,8 +152,7 @@ def _mac_gpu_memory(total: int | None, chip: str | None, run: Run) -> int | None
     chosen = _number(run(["sysctl", "-n", "iogpu.wired_limit_mb"]))  # 0, or absent: the default
     if chosen is not None:
         return min(chosen * MIB, total)
-    # As Metal reports it on machines up to the M4; newer systems allow somewhat more, so this errs on the safe side.
-    return total * 2 // 3 if total < 36 * GIB else total * 3 // 4
+    return default_gpu_memory(total)
 
 
 def _linux_memory(read: Read) -> tuple[int | None, int | None]:
