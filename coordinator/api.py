@@ -1,0 +1,55 @@
+"""The program as Python functions: what the commands call, for scripts and notebooks too."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from coordinator.config import TrainConfig
+from coordinator.job import RunResult
+from coordinator.job import train as _train
+from coordinator.stream import Reader
+from coordinator.workers import Quiet
+
+_T = TypeVar("_T")
+
+
+def train(config: TrainConfig, view: Reader | None = None, *, resume: bool = False) -> RunResult:
+    """Fine-tune a model.
+
+    Args:
+        config: all options.
+        view: follows the run; None shows nothing.
+        resume: go on from the last checkpoint in ``config.adapter_path``.
+
+    Raises:
+        UserError: a mistake in what was asked for; nothing was written.
+        Interrupted: stopped by Ctrl-C; the state is saved.
+        TandemError: the run failed.
+    """
+    return run_to_end(lambda: _train(config, view or Quiet(), resume=resume))
+
+
+def run_to_end(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """Run a coroutine, also where an event loop is running already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(make())
+    outcome: list[_T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(asyncio.run(make()))
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -1,0 +1,30 @@
+"""The ``coordinator`` command. Starts in a moment: commands are imported when they are called."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import click
+
+from node.clikit import LazyCommand, LazyGroup, run_cli
+
+COMMANDS = {
+    "train": LazyCommand("coordinator.commands.train:train", "Fine-tune a model."),
+    "test": LazyCommand("coordinator.commands.test:test", "Loss and perplexity of a test set."),
+    "generate": LazyCommand("coordinator.commands.generate:generate", "Text from a model, with or without an adapter."),
+    "fuse": LazyCommand("coordinator.commands.fuse:fuse", "Merge an adapter; export GGUF or PEFT; upload."),
+    "estimate": LazyCommand("coordinator.commands.estimate:estimate", "Memory a training would take, by method."),
+    "data": LazyCommand("coordinator.commands.data:data", "Check, split and convert data."),
+    "demo": LazyCommand("coordinator.commands.demo:demo", "The whole story on this machine, offline, in a minute."),
+}
+
+
+@click.group("coordinator", cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("mlx-tandem"), prog_name="mlx-tandem")
+def coordinator() -> None:
+    """Fine-tune language models with MLX, exactly and resumably."""
+
+
+def main() -> int:
+    """Run the ``coordinator`` script and return its exit code."""
+    return run_cli(coordinator, prog_name="coordinator")

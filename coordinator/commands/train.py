@@ -1,0 +1,70 @@
+"""``coordinator train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coordinator.commands.options import GroupedCommand, config_options, groups
+from coordinator.config import TrainConfig
+from coordinator.config_file import merge, read_yaml
+from coordinator.resume import resumed_config
+
+_HEADINGS = {
+    **groups(),
+    "config": "Model and data",
+    "resume": "Training",
+    "quiet": "Output",
+    "as_json": "Output",
+    "plain": "Output",
+    "help": "Output",
+}
+
+
+def run(config: str | None, resume: bool, quiet: bool, as_json: bool, plain: bool, train: bool, **flags: Any) -> None:
+    r"""Fine-tune a model.
+
+    A pasted mlx_lm.lora command line works, and so does its YAML file with -c. Flags win over the file.
+
+    \b
+    Examples:
+      coordinator train --model mlx-community/Qwen3-0.6B-4bit --data data --iters 600
+      coordinator train -c lora.yaml --batch-size 8
+      coordinator train --resume --adapter-path adapters
+    """
+    del train  # mlx_lm asks for it; this command does nothing else
+    from coordinator.api import train as start
+    from coordinator.view import ViewMode, make_view
+    from node.hardware import facts
+
+    file_options = read_yaml(Path(config)) if config else {}
+    options = load(file_options, flags, resume=resume)
+    mode: ViewMode = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
+    start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume)
+
+
+def load(file_options: dict[str, Any], flags: dict[str, Any], *, resume: bool) -> TrainConfig:
+    """The options of a run, new or resumed."""
+    if not resume:
+        return merge(file_options, flags)
+    given = {**file_options, **{name: value for name, value in flags.items() if value is not None}}
+    return resumed_config(Path(given.get("adapter_path", TrainConfig.adapter_path)), given)
+
+
+train = GroupedCommand(
+    "train",
+    callback=run,
+    help=run.__doc__,
+    groups=_HEADINGS,
+    params=[
+        click.Option(["-c", "--config"], metavar="FILE", help="YAML file with any of these options, ours or mlx_lm's."),
+        *config_options(),
+        click.Option(["--resume"], is_flag=True, help="Go on from the last checkpoint in --adapter-path, exactly."),
+        click.Option(["--quiet"], is_flag=True, help="Print errors and the result only."),
+        click.Option(["--plain"], is_flag=True, help="Print lines even in a terminal."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object per event."),
+        click.Option(["--train"], is_flag=True, hidden=True),
+    ],
+)

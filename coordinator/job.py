@@ -1,0 +1,394 @@
+"""A training run from its options to its receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator import runs
+from coordinator.checkpoint import Checkpoint, Checkpoints
+from coordinator.checks import check_options, data_warnings
+from coordinator.config import TrainConfig
+from coordinator.config_file import write_yaml
+from coordinator.data.batches import Batches
+from coordinator.data.hub import find_source
+from coordinator.data.prepare import prepare
+from coordinator.data.rows import Features
+from coordinator.data.tokenise import TokeniseOptions
+from coordinator.data.tokenset import TokenSet
+from coordinator.engine import Engine, StopRequested, Work
+from coordinator.finish import fuse_result, next_commands, summary
+from coordinator.home import job_folder, token_cache
+from coordinator.models import ResolvedModel, resolve
+from coordinator.preflight import check_before_loading, check_memory, fitting_tokens, parse_size
+from coordinator.program import Program
+from coordinator.prompts import Prompter, sample_prompts
+from coordinator.runfolder import Recorder, RunFolder, read_json_lines
+from coordinator.shares import Evaluation, StepSource
+from coordinator.specs import adapter_config, job_spec
+from coordinator.stream import Advanced, Broadcast, Noted, Reader, RunFinished, RunStarted, Tested
+from coordinator.view.report import write_report
+from coordinator.view.reporters import make_reporters
+from node.errors import Interrupted, TandemError, UserError
+from node.events import Ready
+from node.files import write_text_atomically
+from node.hardware import describe, facts
+from node.supervisor import LocalWorker, WorkerLink
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        run: its id.
+        status: ``done`` or ``stopped_early``.
+        folder: what it left behind.
+        steps: optimizer steps applied, over all sittings.
+        best_step: of the validations, or None.
+        best_val_loss: likewise.
+        test_loss: of the test set, or None.
+        replayed_steps: steps that had to be computed again.
+        written: files of fusing and exporting.
+    """
+
+    run: str
+    status: str
+    folder: Path
+    steps: int
+    best_step: int | None
+    best_val_loss: float | None
+    test_loss: float | None
+    replayed_steps: int
+    written: tuple[str, ...]
+
+
+async def train(config: TrainConfig, view: Reader, *, resume: bool = False) -> RunResult:
+    """Run a training.
+
+    Args:
+        config: all options.
+        view: shows the run; closed when it ends.
+        resume: go on from the last checkpoint in the adapter folder.
+
+    Raises:
+        UserError: a mistake in what was asked for; nothing was written.
+        Interrupted: stopped by Ctrl-C; the state is saved.
+        TandemError: the run failed.
+    """
+    with contextlib.closing(Broadcast([view])) as reader:
+        return await _Job(config, reader, resume).run()
+
+
+class _Job:
+    """One run in the making: what each stage finds out, for the stages after it."""
+
+    def __init__(self, config: TrainConfig, reader: Broadcast, resume: bool) -> None:
+        self.config = config
+        self.reader = reader
+        self.resume = resume
+        self.folder = RunFolder(Path(config.adapter_path))
+        self.stop = asyncio.Event()
+        self.run_id = (self.folder.run_id() if resume else None) or runs.new_id()
+        self.work_folder = job_folder(self.run_id)
+
+    async def run(self) -> RunResult:
+        with self._signals():
+            check_options(self.config, resume=self.resume)
+            model = await asyncio.to_thread(resolve, self.config.model, progress=self._advance)
+            self._check_inputs(model)
+            resumed = self._resumed() if self.resume else None
+            data = await asyncio.to_thread(self._prepare, model)
+            self._resolve_counts(data["train"])
+            engine = self._engine(model, data, resumed)
+            try:
+                ready = await engine.prepare()
+                self._open_folder(engine)
+                return await self._train(engine, ready, model, data)
+            except StopRequested as error:
+                raise self._interrupted(engine) from error
+            finally:
+                await engine.close()
+                shutil.rmtree(self.work_folder, ignore_errors=True)
+                self.folder.unlock()
+
+    # --- before training ------------------------------------------------------------------------------------------
+
+    def _check_inputs(self, model: ResolvedModel) -> None:
+        self.cache_threshold = parse_size(self.config.clear_cache_threshold, "--clear-cache-threshold")
+        for warning in check_before_loading(self.config, model):
+            self.reader.handle(Noted("warning", warning, "warning"))
+
+    def _resumed(self) -> Checkpoint:
+        def damaged(message: str) -> None:
+            self.reader.handle(Noted("damaged_checkpoint", message, "warning"))
+
+        checkpoint = Checkpoints(self.folder, self.config.keep_last).newest_intact(damaged)
+        if checkpoint is None:
+            raise UserError(f"--resume: no usable checkpoint in {self.folder.checkpoints}; start without --resume")
+        return checkpoint
+
+    def _prepare(self, model: ResolvedModel) -> dict[str, TokenSet]:
+        config = self.config
+        wanted = ["train"]
+        if config.val_batches != 0:
+            wanted.append("valid")
+        if config.test:
+            wanted.append("test")
+        mask: Any = config.target_mask
+        options = TokeniseOptions(config.max_seq_length, mask, config.trust_remote_code)
+        splits: Any = tuple(wanted)
+        features = Features(
+            prompt=config.prompt_feature,
+            completion=config.completion_feature,
+            chat=config.chat_feature,
+            text=config.text_feature,
+        )
+        source = find_source(config.data, config.hf_dataset, features, token_cache(), self._advance, splits)
+        sets = prepare(source, model.path, options, token_cache(), self._advance, splits, name=model.name)
+        for split, tokens in sets.items():
+            for line in data_warnings(split, tokens):
+                self.reader.handle(Noted("warning", line, "warning"))
+        if "valid" in wanted and "valid" not in sets:
+            line = "no valid.jsonl: training without validation (coordinator data split makes one)"
+            self.reader.handle(Noted("warning", line, "warning"))
+        return {str(split): tokens for split, tokens in sets.items()}
+
+    def _advance(self, task: str, done: int, total: int) -> None:
+        if self.stop.is_set():
+            raise Interrupted("stopped before training began; nothing was written")
+        self.reader.handle(Advanced(task, done, total))
+
+    def _resolve_counts(self, train: TokenSet) -> None:
+        """Fix what depends on the size of the data, so that ``config.yaml`` repeats the run."""
+        self.batches = Batches(train.lengths, self.config.batch_size, self.config.seed)
+        iters = self.config.total_iters(self.batches.per_epoch)
+        steps = -(-iters // self.config.grad_accumulation_steps)
+        warmup = None if self.config.lr_schedule is not None else self.config.warmup_steps(steps)
+        self.config = dataclasses.replace(
+            self.config, iters=iters, epochs=None, warmup=self.config.warmup if warmup is None else warmup
+        )
+
+    def _engine(self, model: ResolvedModel, data: dict[str, TokenSet], resumed: Checkpoint | None) -> Engine:
+        config, train = self.config, data["train"]
+        if resumed is not None and resumed.progress.data_digest != train.digest:
+            raise UserError(f"--resume: the training data is not what this run began with; put {config.data} back")
+        validation = Evaluation(data["valid"], config.batch_size, config.val_batches) if "valid" in data else None
+        assert config.iters is not None
+        self.program = Program(
+            total_iters=config.iters,
+            accumulation=config.grad_accumulation_steps,
+            save_every=config.save_every,
+            steps_per_eval=config.steps_per_eval,
+            steps_per_report=config.steps_per_report,
+            validates=validation is not None,
+        )
+        for warning in check_memory(config, model, train.longest):
+            self.reader.handle(Noted("warning", warning, "warning"))
+        steps = StepSource(train, self.batches, self.program)
+        steps.token_limit = fitting_tokens(config, model, train.longest)
+        prompter = Prompter(model.path, trust_remote_code=config.trust_remote_code)
+        work = Work(
+            job=job_spec(config, model.path, self.run_id, self.work_folder, self.cache_threshold),
+            program=self.program,
+            steps=steps,
+            validation=validation,
+            samples=sample_prompts(config, prompter),
+            decode=prompter.decode,
+            early_stop=config.early_stop,
+            save_best=config.early_stop is not None or config.keep_last is not None,
+            data_digest=train.digest,
+        )
+        return Engine(
+            work, self._start_worker, Checkpoints(self.folder, config.keep_last), self.reader, resumed, self.stop
+        )
+
+    async def _start_worker(self) -> WorkerLink:
+        return await LocalWorker.start(self.work_folder)
+
+    def _open_folder(self, engine: Engine) -> None:
+        """From here on the run writes: everything that could be checked before has been."""
+        self.folder.lock()
+        archived = None if self.resume else self.folder.archive()
+        self.history = self.folder.truncate_metrics(engine.progress.step) if self.resume else []
+        if not self.resume:
+            self.folder.begin(self.run_id, write_yaml(self._portable()))
+        else:
+            write_text_atomically(self.folder.config, write_yaml(self._portable()))
+        content = json.dumps(adapter_config(self.config), indent=4) + "\n"
+        write_text_atomically(self.folder.path / "adapter_config.json", content)
+        self.reader.add(Recorder(self.folder, lambda line: self.reader.handle(Noted("disk", line, "warning"))))
+        values = dataclasses.asdict(self.config)
+        for reporter in make_reporters(
+            self.config.report_to, self.config.project_name, self.folder.path, values, self.reader.handle
+        ):
+            self.reader.add(reporter)
+        self._register(status="running", model=self.config.model, data=self.config.data)
+        if archived is not None:
+            self.reader.handle(Noted("archived", f"an older run's files are in {archived} now"))
+
+    def _portable(self) -> TrainConfig:
+        """The options with local paths made absolute, so that the file works from anywhere."""
+        values: dict[str, Any] = {}
+        for name in ("model", "data", "resume_adapter_file", "adapter_path"):
+            value = getattr(self.config, name)
+            if value and (Path(value).expanduser().exists() or name == "adapter_path"):
+                values[name] = str(Path(value).expanduser().resolve())
+        return dataclasses.replace(self.config, **values)
+
+    # --- training and after -----------------------------------------------------------------------------------------
+
+    async def _train(self, engine: Engine, ready: Ready, model: ResolvedModel, data: dict[str, TokenSet]) -> RunResult:
+        self.reader.handle(
+            RunStarted(
+                run=self.run_id,
+                name=self.config.adapter_path,
+                config=dataclasses.asdict(self.config),
+                total_iters=self.program.total_iters,
+                total_steps=self.program.total_steps,
+                first_step=engine.progress.step + 1,
+                facts=self._facts(ready, model, data, engine),
+                history=tuple(self.history),
+            )
+        )
+        for note in ready.notes:
+            self.reader.handle(Noted("warning", note, "warning"))
+        try:
+            await engine.run()
+        except StopRequested:
+            raise
+        except TandemError as error:
+            self._finish_failed(engine, error)
+            raise
+        return await self._finish(engine, model, data)
+
+    def _facts(
+        self, ready: Ready, model: ResolvedModel, data: dict[str, TokenSet], engine: Engine
+    ) -> tuple[tuple[str, str], ...]:
+        config, train = self.config, data["train"]
+        share = 100 * ready.trainable_parameters / max(ready.parameters, 1)
+        method = {"lora": "LoRA", "dora": "DoRA", "full": "full"}[config.fine_tune_type]
+        if ready.quantized:
+            method = "Q" + method
+        if config.fine_tune_type != "full":
+            method += f" rank {config.lora_rank}, scale {config.scale:g}"
+        method += f", {ready.trained_layers} of {ready.layers} layers"
+        method += f", {ready.trainable_parameters:,} parameters trained ({share:.2g} %)"
+        rows = f"{len(train):,} rows, {self.batches.per_epoch:,} batches of {config.batch_size} in an epoch"
+        if "valid" in data:
+            rows += f"; {len(data['valid']):,} rows to validate on"
+        lines = [
+            ("model", f"{model.name} · {ready.model_type} · {ready.parameters:,} parameters"),
+            ("nodes", f"this machine alone: {describe(facts())}"),
+            ("method", method),
+            ("data", rows),
+            ("run", f"{self.run_id} in {self.folder.path}"),
+        ]
+        if engine.progress.step:
+            lines.append(("resumed", f"from step {engine.progress.step} of {self.program.total_steps}"))
+        return tuple(lines)
+
+    async def _finish(self, engine: Engine, model: ResolvedModel, data: dict[str, TokenSet]) -> RunResult:
+        progress = engine.progress
+        if engine.saved_step != progress.step:
+            raise TandemError(
+                f"training reached step {progress.step}, but the last checkpoint that could be written to"
+                f" {self.folder.path} is of step {engine.saved_step}; make room on the disk and go on with --resume"
+            )
+        if engine.stopped_early and progress.best_step:
+            best = self.program.last_iter(progress.best_step)
+            Checkpoints(self.folder, None).publish(self.folder.checkpoints / f"{best:07d}")
+        test_loss = None
+        if "test" in data:
+            evaluation = Evaluation(data["test"], self.config.batch_size, self.config.test_batches)
+            loss_sum, tokens = await engine.evaluate(evaluation, "testing")
+            test_loss = loss_sum / max(tokens, 1)
+            self.reader.handle(Tested(test_loss, tokens))
+        await engine.close()
+        written = await fuse_result(self.config, model.path, model.name, self.folder, self.reader)
+        status = "stopped_early" if engine.stopped_early else "done"
+        result = RunResult(
+            run=self.run_id,
+            status=status,
+            folder=self.folder.path,
+            steps=progress.step,
+            best_step=progress.best_step,
+            best_val_loss=progress.best_loss,
+            test_loss=test_loss,
+            replayed_steps=engine.replayed_steps,
+            written=written,
+        )
+        lines = summary(self.folder, engine.progress, test_loss, engine.replayed_steps, written)
+        self._close_books(status, lines)
+        self.reader.handle(RunFinished(status, lines, next_commands(self.config, self.config.model, status, written)))
+        return result
+
+    def _finish_failed(self, engine: Engine, error: TandemError) -> None:
+        self.reader.handle(Noted("failed", str(error), "error"))
+        lines: tuple[tuple[str, str], ...] = (("failed", str(error)),)
+        commands: tuple[tuple[str, str], ...] = ()
+        if engine.saved_step:
+            lines += (("saved", f"checkpoint of step {engine.saved_step} in {self.folder.path}"),)
+            commands = next_commands(self.config, self.config.model, "failed", ())
+        self._close_books("failed", lines)
+        self.reader.handle(RunFinished("failed", lines, commands))
+
+    def _interrupted(self, engine: Engine) -> Interrupted:
+        commands = next_commands(self.config, self.config.model, "interrupted", ())
+        if not engine.saved_step:
+            return Interrupted("stopped before the first step was saved")
+        line = f"stopped at step {engine.saved_step} of {self.program.total_steps}; everything is saved"
+        self._close_books("interrupted", (("stopped", line),))
+        self.reader.handle(RunFinished("interrupted", (("stopped", line),), commands))
+        return Interrupted(f"{line}; go on with: {commands[0][1]}")
+
+    def _close_books(self, status: str, lines: tuple[tuple[str, str], ...]) -> None:
+        """Write the report and the registry entry; neither is worth failing a finished run for."""
+        try:
+            write_report(self.folder.report, self.folder.path, dict(lines))
+        except OSError as error:
+            self.reader.handle(Noted("warning", f"cannot write {self.folder.report}: {error.strerror}", "warning"))
+        losses = [entry["loss"] for entry in read_json_lines(self.folder.metrics) if "loss" in entry]
+        self._register(status=status, final_loss=losses[-1] if losses else None)
+
+    def _register(self, **values: Any) -> None:
+        try:
+            runs.record(self.run_id, folder=str(self.folder.path.resolve()), **values)
+        except OSError as error:
+            self.reader.handle(Noted("warning", f"the registry cannot be written: {error.strerror}", "warning"))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First Ctrl-C: finish the running step, save, end. Second: leave at once; what is on disk is whole."""
+        loop = asyncio.get_running_loop()
+        handled = (signal.SIGINT, signal.SIGTERM)
+
+        def on_signal() -> None:
+            if self.stop.is_set():
+                self.reader.close()
+                os._exit(Interrupted.exit_code)
+            self.stop.set()
+            line = "stopping after the running step; Ctrl-C again leaves at once"
+            self.reader.handle(Noted("stopping", line))
+
+        try:
+            for number in handled:
+                loop.add_signal_handler(number, on_signal)
+        except (RuntimeError, ValueError):
+            # Not in the main thread (a notebook, a test): Ctrl-C is not ours there.
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)

@@ -1,0 +1,59 @@
+"""``--resume``: the options of the interrupted run, with what may change changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coordinator.config import TrainConfig, flag
+from coordinator.config_file import merge, read_yaml
+from coordinator.runfolder import RunFolder
+from node.errors import UserError
+
+# The rest decides what is computed: with any of it changed, the run would not be the same run.
+MAY_CHANGE = frozenset(
+    {
+        "iters", "epochs", "save_every", "keep_last", "val_batches", "steps_per_report", "steps_per_eval",
+        "early_stop", "sample_prompt", "sample_tokens", "test", "test_batches", "report_to", "project_name",
+        "fuse", "save_path", "dequantize", "export_gguf", "gguf_path", "gguf_type", "export_peft", "upload_repo",
+        "hf_path", "nodes", "force", "clear_cache_threshold", "trust_remote_code", "adapter_path",
+    }
+)  # fmt: skip
+
+
+def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
+    """The options to go on with.
+
+    Args:
+        folder: of the run.
+        given: options said now, on the command line or in a file.
+
+    Raises:
+        UserError: there is no run to resume, or an option is said that would make it another run.
+    """
+    run = RunFolder(folder)
+    if run.run_id() is None or not run.config.exists():
+        raise UserError(f"--resume: {folder} holds no run; give its folder with --adapter-path, or leave --resume out")
+    before = read_yaml(run.config)
+    said = {name: value for name, value in given.items() if value is not None}
+    then = merge(before, {})
+    now = merge(before, said)
+    for name in said:
+        value = getattr(now, name, None)
+        if name not in MAY_CHANGE and value != getattr(then, name, None) and not _same_path(value, getattr(then, name)):
+            raise UserError(
+                f"--resume: {flag(name)} was {getattr(then, name)} in this run and cannot become {value};"
+                " start a new run, with --resume-adapter-file to begin from these weights"
+            )
+    values = {**before, **{name: said[name] for name in said if name in MAY_CHANGE}}
+    if "epochs" in said:
+        values.pop("iters", None)
+    values["adapter_path"] = str(folder)
+    return merge(values, {})
+
+
+def _same_path(now: Any, then: Any) -> bool:
+    if not isinstance(now, str) or not isinstance(then, str):
+        return False
+    return Path(now).expanduser().resolve() == Path(then).expanduser().resolve()

@@ -1,0 +1,28 @@
+"""The ``tandem`` command: all of ``coordinator`` and ``node`` in one, for machines where ``node`` is Node.js."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import click
+
+from coordinator.cli import COMMANDS
+from node.clikit import LazyCommand, LazyGroup, run_cli
+
+NODE_COMMANDS = {"info": LazyCommand("node.cli:info", "What this machine is: chip, memory, versions.")}
+
+
+@click.group(
+    "tandem",
+    cls=LazyGroup,
+    lazy={**COMMANDS, **NODE_COMMANDS},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(version("mlx-tandem"), prog_name="mlx-tandem")
+def tandem() -> None:
+    """Fine-tune language models with MLX, exactly and resumably."""
+
+
+def main() -> int:
+    """Run the ``tandem`` script and return its exit code."""
+    return run_cli(tandem, prog_name="tandem")

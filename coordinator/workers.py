@@ -1,0 +1,87 @@
+"""Workers for single tasks: evaluate, generate, fuse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TypeVar
+
+from coordinator.home import home
+from coordinator.stream import Advanced, Reader
+from node import events
+from node.errors import WorkerLost
+from node.spec import JobSpec, ModelSpec, Request, Setup
+from node.supervisor import LocalWorker, WorkerLink
+
+SILENCE_SECONDS = 60.0
+_E = TypeVar("_E", bound=events.Event)
+
+
+class Quiet:
+    """A reader that shows nothing."""
+
+    def handle(self, event: object) -> None:
+        """See ``stream.Reader``."""
+
+    def close(self) -> None:
+        """See ``stream.Reader``."""
+
+
+@contextlib.asynccontextmanager
+async def task_worker(model: ModelSpec | None, reader: Reader | None = None) -> AsyncIterator[WorkerLink]:
+    """A worker for one task, with the model loaded unless None.
+
+    Raises:
+        TandemError: the model cannot be loaded.
+    """
+    jobs = home() / "jobs"
+    jobs.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="task-", dir=jobs))
+    failed = True
+    worker = await LocalWorker.start(folder)
+    try:
+        if model is not None:
+            await worker.send(Setup(JobSpec(job=folder.name, folder=str(folder), model=model)))
+            await wait_for(worker, events.Ready, reader)
+        yield worker
+        failed = False
+    finally:
+        if failed:
+            worker.kill()
+        await worker.close()
+        # The log of a failure is worth more than a clean folder: the error names it.
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+async def next_event(worker: WorkerLink) -> events.Event:
+    """The next event, however long the task takes, as long as the worker shows signs of life.
+
+    Raises:
+        WorkerLost: it has said nothing for too long.
+    """
+    try:
+        async with asyncio.timeout(SILENCE_SECONDS):
+            return await worker.receive()
+    except TimeoutError as error:
+        raise WorkerLost(f"the worker said nothing for {SILENCE_SECONDS:.0f} s") from error
+
+
+async def wait_for(worker: WorkerLink, kind: type[_E], reader: Reader | None = None) -> _E:
+    """The next event of a kind; progress goes to the reader, other events are passed over."""
+    while True:
+        event = await next_event(worker)
+        if isinstance(event, kind):
+            return event
+        if isinstance(event, events.Progress) and reader is not None:
+            reader.handle(Advanced(event.task, event.done, event.total))
+
+
+async def ask(worker: WorkerLink, request: Request, answer: type[_E], reader: Reader | None = None) -> _E:
+    """Send a request and wait for its answer."""
+    await worker.send(request)
+    return await wait_for(worker, answer, reader)

@@ -1,0 +1,33 @@
+"""What every test gets: a data folder of its own, one thread for each test process, no hub, no leftover workers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything loads a BLAS: the suite runs in as many processes as there are cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def tandem_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty TANDEM_HOME, outside the test's own ``tmp_path``."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("TANDEM_HOME", str(home))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_workers() -> Iterator[None]:
+    """Fail a test that leaves a child process behind."""
+    yield
+    children = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True, check=False
+    ).stdout
+    assert "node.worker" not in children, f"left behind: {children}"
