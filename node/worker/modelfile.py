@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 SYSTEM, USER, ANSWER, NEXT = "SYSTEM~A", "USER~B", "ANSWER~C", "NEXT~D"
@@ -95,8 +96,13 @@ def _candidates(start: str, to_answer: str, to_next: str, ending: str, with_syst
                 continue
             around_user, around_answer = (user_start, user_end), (answer_start, answer_end)
             found += _with_system(start, around_user, around_answer, with_system)
-    # All of these render alike; turns that end alike read best.
-    return sorted(found, key=lambda turns: turns.user[1] != turns.assistant[1])
+    # All of these render alike; turns that end alike and begin alike read best.
+    return sorted(found, key=lambda turns: (turns.user[1] != turns.assistant[1], -len(_shared_start(turns))))
+
+
+def _shared_start(turns: Turns) -> str:
+    starts = zip(turns.user[0], turns.assistant[0], (turns.system or turns.user)[0], strict=False)
+    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, starts))
 
 
 def _with_system(start: str, user: tuple[str, str], assistant: tuple[str, str], with_system: str | None) -> list[Turns]:
