@@ -32,8 +32,8 @@ class NotFound(UserError):
     """The Hub knows no such repository, or does not show it to us."""
 
 
-def download(repository: str, revision: str | None, *, offline_ok: bool, progress: Progress | None) -> Path:
-    """Bring a repository into the Hugging Face cache and return its folder there.
+def download(repository: str, revision: str | None, progress: Progress | None) -> Path:
+    """Bring a repository into the Hugging Face cache and return its folder there; offline, what the cache has is used.
 
     Raises:
         UserError: not found, gated, offline and not cached, or no room.
@@ -44,7 +44,7 @@ def download(repository: str, revision: str | None, *, offline_ok: bool, progres
     try:
         return Path(snapshot_download(repository, tqdm_class=_bar(progress), **options))
     except _hub_errors() as error:
-        cached = cached_snapshot(repository, revision) if offline_ok and _is_offline(error) else None
+        cached = cached_snapshot(repository, revision) if _is_offline(error) else None
         if cached is not None:
             return cached
         raise explained(repository, revision, error) from error
@@ -84,9 +84,10 @@ def remote_shapes(repository: str, revision: str | None) -> Shapes | None:
     get_safetensors_metadata = _quiet_hub().get_safetensors_metadata
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
+    unknown: tuple[type[Exception], ...] = (*_hub_errors(), NotASafetensorsRepoError, SafetensorsParsingError)
     try:
         found = get_safetensors_metadata(repository, revision=revision)
-    except (*_hub_errors(), NotASafetensorsRepoError, SafetensorsParsingError):
+    except unknown:
         return None
     tensors = (item for file in found.files_metadata.values() for item in file.tensors.items())
     return {name: (str(info.dtype), tuple(info.shape)) for name, info in tensors}
@@ -139,8 +140,9 @@ def _quiet_hub() -> Any:
     """The library, told to keep its warnings to itself: what matters reaches people as an error of ours."""
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()
-    return huggingface_hub
+    library: Any = huggingface_hub
+    library.logging.set_verbosity_error()
+    return library
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

@@ -52,14 +52,11 @@ class Peek:
     shapes: Shapes | None
 
 
-def resolve(
-    model: str, *, offline_ok: bool = True, progress: hub.Progress | None = None, revision: str | None = None
-) -> ResolvedModel:
-    """Find a model and check that it can be loaded; a repository is downloaded, or used from the cache.
+def resolve(model: str, *, progress: hub.Progress | None = None, revision: str | None = None) -> ResolvedModel:
+    """Find a model and check that it can be loaded; a repository is downloaded, or used from the cache where offline.
 
     Args:
         model: a folder, or a repository id of the Hub such as ``mlx-community/Llama-3.2-1B-Instruct-4bit``.
-        offline_ok: use the cached revision when the Hub cannot be reached.
         progress: is told of a download: task, bytes done, bytes in all.
         revision: branch, tag or commit of the repository.
 
@@ -67,7 +64,7 @@ def resolve(
         UserError: there is no such model, it is not whole, or ``mlx_lm`` does not know its kind.
     """
     if not looks_like_path(model):
-        path = _download(model, revision, offline_ok=offline_ok, progress=progress)
+        path = _download(model, revision, progress)
         return ResolvedModel(path, model, check_folder(path), hub.revision_of(path))
     path = _folder(model)
     return ResolvedModel(path, model, check_folder(path), None)
@@ -162,11 +159,11 @@ def _near(name: str, parent: Path) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _download(model: str, revision: str | None, *, offline_ok: bool, progress: hub.Progress | None) -> Path:
+def _download(model: str, revision: str | None, progress: hub.Progress | None) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII):
         raise UserError(f"--model {model!r}: neither a folder nor a repository id such as org/name")
     try:
-        return hub.download(model, revision, offline_ok=offline_ok, progress=progress)
+        return hub.download(model, revision, progress)
     except hub.NotFound as error:
         first, *rest = Path(model).parts
         parent = Path(first) if rest else Path()

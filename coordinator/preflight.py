@@ -137,10 +137,9 @@ def check_memory(
             raise UserError(f"{message} (--force tries anyway)")
         return [message]
     if needed > limit:
-        return [
-            f"a whole batch with rows of {longest} tokens needs about {show_size(needed)}, more than the"
-            + f" {show_size(limit)} here; it is computed in parts, with the same result"
-        ]
+        whole, here = show_size(needed), show_size(limit)
+        warning = f"a whole batch of rows of {longest} tokens needs about {whole}, there are {here}"
+        return [f"{warning}; it is computed in parts, with the same result"]
     if free is not None and needed > free:
         return [f"about {show_size(needed)} needed, only {show_size(free)} free now: close other programs"]
     return []

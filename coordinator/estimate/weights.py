@@ -114,14 +114,12 @@ def read_weights(config: Mapping[str, Any], model: Architecture, shapes: Shapes)
     width = DTYPE_BITS[max(floats, key=lambda name: floats[name])] // 8 if floats else compute_bytes(config)
     layers = _linear_layers(kept, bits, group)
     outside = {name: entry for name, entry in kept.items() if not _LAYER.search(name)}
-    head_is_dropped = model.tied and any("embed" in name for name in outside)
-    dropped = [name for name in outside if head_is_dropped and name.startswith("lm_head.")]
     return Weights(
-        total_bytes=tensor_bytes(kept.values()) - tensor_bytes(kept[name] for name in dropped),
+        total_bytes=tensor_bytes(kept.values()),
         compute_bytes=width,
         bits=bits if any(name.endswith((".scales", ".qweight")) for name in kept) else 0,
         layers=layers or (model.block,) * model.layers,
-        embedding_bytes=tensor_bytes(entry for name, entry in outside.items() if name not in dropped),
+        embedding_bytes=tensor_bytes(outside.values()),
         exact=True,
     )
 

@@ -1,12 +1,14 @@
 """Measure the peak memory of real training steps; run as a program, in a process of its own.
 
-Reads one JSON object from stdin: ``config`` (of a model), ``dtype``, ``bits`` (0 for none), ``fine_tune_type``,
-``num_layers``, ``rank``, ``batch_size``, ``length`` (input positions of each row), ``grad_checkpoint``, ``optimizer``.
-Prints the highest number of bytes that MLX held during two steps of the worker's own trainer.
+Reads a JSON list of jobs from stdin, each with ``config`` (of a model), ``dtype``, ``bits`` (0 for none),
+``fine_tune_type``, ``num_layers``, ``rank``, ``batch_size``, ``length`` (input positions of each row),
+``grad_checkpoint`` and ``optimizer``. Prints the list of the highest numbers of bytes that MLX held during two steps of
+the worker's own trainer.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from typing import Any
@@ -43,6 +45,7 @@ def rows(count: int, length: int, vocab_size: int) -> Rows:
 
 def measure(job: dict[str, Any]) -> int:
     """Peak bytes of two whole steps: loss, gradient, gradient norm, update."""
+    gc.collect()
     model = build(job["config"], job["dtype"], job["bits"])
     context = RowContext()
     tuning = TuningSpec(
@@ -67,4 +70,4 @@ def measure(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{measure(json.load(sys.stdin))}\n")
+    sys.stdout.write(f"\n{json.dumps([measure(job) for job in json.load(sys.stdin)])}\n")
