@@ -39,9 +39,7 @@ def data() -> None:
 @click.option("--trust-remote-code", is_flag=True, help="Let the tokenizer's own Python files run.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 @_features
-@click.pass_context
 def check(
-    ctx: click.Context,
     folder: str,
     model: str | None,
     max_seq_length: int,
@@ -69,7 +67,7 @@ def check(
     else:
         show_report(report, MOST_PROBLEMS)
     if report.problems:
-        ctx.exit(2)
+        click.get_current_context().exit(2)
 
 
 def _tokeniser(model: str, max_seq_length: int, mask: Mask, trust_remote_code: bool) -> RowTokeniser:
@@ -112,7 +110,7 @@ def split(file: Path, out: Path, valid: float, test: float, seed: int, as_json: 
         click.echo(json.dumps({"folder": str(out), **asdict(result)}))
         return
     for name, rows in result.rows.items():
-        click.echo(f"{out / f'{name}.jsonl'}: {rows} rows")
+        click.echo(f"rows written to {out / f'{name}.jsonl'}: {rows}")
     if result.duplicates:
         click.echo(f"{result.duplicates} rows repeat earlier ones; equal rows stand in the same file")
 
@@ -149,5 +147,5 @@ def convert(
         return
     click.echo(f"recognised {result.recognised}")
     if result.skipped:
-        click.echo(f"{result.skipped} rows without an answer or a text were left out")
-    click.echo(f"wrote {result.rows} rows to {out}")
+        click.echo(f"left out {result.skipped} without an answer or a text")
+    click.echo(f"rows written to {out}: {result.rows}")

@@ -46,7 +46,7 @@ def _is_one_document(path: Path) -> bool:
     for _, line in raw_lines(path):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return path.suffix.lower() == ".json" or line.strip() in (b"[", b"{") or line.lstrip().startswith(b"[")
         # A list on the first line is the whole document, or a conversation on each line.
         rest = sum(1 for _ in zip(raw_lines(path), range(2), strict=False))
@@ -108,6 +108,8 @@ def _read_csv(path: Path) -> Table:
     csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
+        if not header.strip():
+            raise UserError(f"{path} is empty, or its first line is; it needs a header with the names of the columns")
         candidates = DELIMITERS[path.suffix.lower()]
         file.seek(0)
         reader = csv.DictReader(file, delimiter=max(candidates, key=header.count), strict=True)
@@ -118,8 +120,6 @@ def _read_csv(path: Path) -> Table:
             raise RowError(path, reader.line_num, str(error)) from error
         except csv.Error as error:
             raise RowError(path, reader.line_num, f"not valid CSV: {error}") from error
-    if reader.fieldnames is None:
-        raise UserError(f"{path} is empty; it needs a header line with the names of the columns")
 
 
 def _checked(row: dict[Any, Any]) -> dict[str, Any]:
