@@ -152,9 +152,13 @@ class Trainer:
     def _micro_batch(self, step: int, rows: Rows) -> tuple[mx.array, Any]:
         batch = pad(rows)
         keys = mx.array(row_keys(self._seed, step, rows.ids))
-        result: tuple[mx.array, Any] = self._gradient(
-            self._parameters, batch.inputs, batch.targets, batch.mask, batch.lengths, keys
-        )
+        try:
+            result: tuple[mx.array, Any] = self._gradient(
+                self._parameters, batch.inputs, batch.targets, batch.mask, batch.lengths, keys
+            )
+        finally:
+            # Not before: with checkpointing the backward pass runs layers again, and they must draw the same noise.
+            self._context.keys = self._context.lengths = None
         return result
 
     def _loss(
@@ -162,10 +166,7 @@ class Trainer:
     ) -> mx.array:
         self._model.update(parameters)
         self._context.keys, self._context.lengths = keys, lengths
-        try:
-            return loss_sum(self._model, Batch(inputs, targets, mask, lengths))
-        finally:
-            self._context.keys = self._context.lengths = None
+        return loss_sum(self._model, Batch(inputs, targets, mask, lengths))
 
     def _apply(self, gradients: Arrays, tokens: int, learning_rate: float) -> float:
         """Divide by the global token count, clip, update; one synchronisation with the device."""
