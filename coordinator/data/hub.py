@@ -166,7 +166,7 @@ def _load(path: str, split: str | None, config: dict[str, Any]) -> Any:
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(f"{path} is neither a folder here nor a data set on the Hub that you may read") from error
     except Exception as error:
-        if isinstance(error, ConnectionError | TimeoutError) or "ffline" in str(error) or _is_network(error):
+        if isinstance(error, ConnectionError | TimeoutError) or _is_network(error):
             raise UserError(
                 f"cannot reach the Hugging Face Hub for the data set {path}; check the network, or give a folder"
             ) from error
@@ -174,10 +174,16 @@ def _load(path: str, split: str | None, config: dict[str, Any]) -> Any:
 
 
 def _is_network(error: BaseException) -> bool:
-    """Whether an HTTP library's error is behind this one; their classes differ between versions."""
+    """Whether an HTTP library's error, or being offline, is behind this one; the classes differ between versions."""
     seen: BaseException | None = error
     while seen is not None:
-        if type(seen).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "aiohttp"):
+        if "Offline" in type(seen).__name__ or type(seen).__module__.split(".")[0] in (
+            "httpx",
+            "httpcore",
+            "requests",
+            "urllib3",
+            "aiohttp",
+        ):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

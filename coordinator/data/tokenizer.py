@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from node.errors import UserError
 
 # What a repository's tokenizer is made of, and what decides which tokens it gives.
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "*.jsonl")
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # The pairs by which mlx_lm tells that a model can think; it passes what it found to the chat template.
 THINKING_TOKENS = (
     ("<think>", "</think>"),
@@ -152,7 +154,9 @@ class ChatTemplate:
         vocabulary = tokenizer.get_vocab()
         self._thinks = any(start in vocabulary and end in vocabulary for start, end in THINKING_TOKENS)
         template = tokenizer.chat_template
-        self.marks_generation = isinstance(template, str) and "generation" in template and tokenizer.is_fast
+        self.marks_generation = (
+            isinstance(template, str) and bool(GENERATION_BLOCK.search(template)) and tokenizer.is_fast
+        )
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, *, answer_next: bool = False
