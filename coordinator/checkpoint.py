@@ -34,6 +34,7 @@ class Progress:
         step, iteration: done so far.
         best_loss, best_step: of the validations; None before the first.
         stale_validations: validations since the best.
+        validated_step: the last step that was validated, -1 for none.
         data_digest: of the training data; resuming with other data is refused.
         seconds: spent training, over all sittings.
     """
@@ -43,6 +44,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     stale_validations: int = 0
+    validated_step: int = -1
     data_digest: str = ""
     seconds: float = 0.0
 

@@ -129,7 +129,7 @@ class Engine:
         self.replayed_steps = 0
         self.stopped_early = False
         self._seconds_before = self.progress.seconds
-        self._pending.extend(work.program.actions(self.progress.step + 1))
+        self._pending.extend(work.program.actions(self.progress.step, self.progress.validated_step))
 
     async def prepare(self) -> events.Ready:
         """Start the first worker and have it load the model.
@@ -294,6 +294,7 @@ class Engine:
         loss_sum, tokens = await self.evaluate(self._work.validation, "validating")
         loss = loss_sum / max(tokens, 1)
         best = self.progress.best_loss is None or loss < self.progress.best_loss
+        self.progress = dataclasses.replace(self.progress, validated_step=step)
         # The loss before any update is a reference, not a result: it neither is the best nor uses up patience.
         if step > 0:
             self.progress = dataclasses.replace(
@@ -405,7 +406,7 @@ class Engine:
                 if isinstance(event, events.Copied) and event.requested:
                     if event.step <= self.saved_step:
                         return
-                    self._save(event, scheduled=False)
+                    self._save(event, scheduled=self._work.program.saves(event.step))
                     if event.step == self.progress.step:
                         return
                 else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,28 @@ class NotFound(UserError):
     """The Hub knows no such repository, or does not show it to us."""
 
 
-def download(repository: str, revision: str | None, progress: Progress | None) -> Path:
+def download(
+    repository: str, revision: str | None, progress: Progress | None, patterns: Sequence[str] = ALLOW_PATTERNS
+) -> Path:
     """Bring a repository into the Hugging Face cache and return its folder there; offline, what the cache has is used.
 
     Raises:
         UserError: not found, gated, offline and not cached, or no room.
     """
     snapshot_download = _quiet_hub().snapshot_download
-
-    options: dict[str, Any] = {"revision": revision, "allow_patterns": list(ALLOW_PATTERNS)}
     try:
-        return Path(snapshot_download(repository, tqdm_class=_bar(progress), **options))
+        path = snapshot_download(
+            repository, revision=revision, allow_patterns=list(patterns), tqdm_class=_bar(progress)
+        )
     except _hub_errors() as error:
         cached = cached_snapshot(repository, revision) if _is_offline(error) else None
         if cached is not None:
             return cached
         raise explained(repository, revision, error) from error
+    if not (Path(path) / "config.json").is_file():
+        page = f"https://huggingface.co/{repository}"
+        raise UserError(f"{repository} has no config.json: it is no model in Hugging Face form; see {page}")
+    return Path(path)
 
 
 def cached_snapshot(repository: str, revision: str | None) -> Path | None:
@@ -63,20 +69,6 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
     except (LocalEntryNotFoundError, ValueError):
         return None
     return Path(path)
-
-
-def download_file(repository: str, name: str, revision: str | None) -> Path:
-    """Bring one file of a repository into the cache.
-
-    Raises:
-        UserError: as ``download``.
-    """
-    hf_hub_download = _quiet_hub().hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision, tqdm_class=_bar(None)))
-    except _hub_errors() as error:
-        raise explained(repository, revision, error) from error
 
 
 def remote_shapes(repository: str, revision: str | None) -> Shapes | None:
@@ -111,8 +103,6 @@ def explained(repository: str, revision: str | None, error: Exception) -> Tandem
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"{repository} has no revision {revision}; see {page}/tree/main")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return UserError(f"{repository} has no config.json: it is no model in Hugging Face form; see {page}")
     if isinstance(error, errors.HFValidationError):
         return UserError(f"--model {repository!r}: neither a folder nor a repository id such as org/name")
     if _is_offline(error):

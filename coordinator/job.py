@@ -349,7 +349,7 @@ class _Job:
         line = f"stopped at step {engine.saved_step} of {self.program.total_steps}; everything is saved"
         self._close_books("interrupted", (("stopped", line),))
         self.reader.handle(RunFinished("interrupted", (("stopped", line),), commands))
-        return Interrupted(f"{line}; go on with: {commands[0][1]}")
+        return Interrupted(line)
 
     def _close_books(self, status: str, lines: tuple[tuple[str, str], ...]) -> None:
         """Write the report and the registry entry; neither is worth failing a finished run for."""

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,11 @@ def peek(model: str, revision: str | None = None) -> Peek:
     if looks_like_path(model):
         path = _folder(model)
         return Peek(model, _checked_config(path), weight_shapes(path))
-    cached = hub.cached_snapshot(model, revision)
+    cached = hub.cached_snapshot(model, revision) if _is_repository(model) else None
     if cached is not None and any(cached.glob("model*.safetensors")):
         return Peek(model, _checked_config(cached), weight_shapes(cached))
-    config = hub.download_file(model, "config.json", revision)
-    return Peek(model, _checked_config(config.parent), hub.remote_shapes(model, revision))
+    folder = _download(model, revision, None, ["config.json"])
+    return Peek(model, _checked_config(folder), hub.remote_shapes(model, revision))
 
 
 def looks_like_path(model: str) -> bool:
@@ -159,11 +160,17 @@ def _near(name: str, parent: Path) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _download(model: str, revision: str | None, progress: hub.Progress | None) -> Path:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII):
+def _is_repository(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII) is not None
+
+
+def _download(
+    model: str, revision: str | None, progress: hub.Progress | None, patterns: Sequence[str] = hub.ALLOW_PATTERNS
+) -> Path:
+    if not _is_repository(model):
         raise UserError(f"--model {model!r}: neither a folder nor a repository id such as org/name")
     try:
-        return hub.download(model, revision, progress)
+        return hub.download(model, revision, progress, patterns)
     except hub.NotFound as error:
         first, *rest = Path(model).parts
         parent = Path(first) if rest else Path()

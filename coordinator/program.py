@@ -56,15 +56,24 @@ class Program:
         """Whether this step is worth a line."""
         return self._falls_in(self.steps_per_report, step)
 
-    def actions(self, first_step: int) -> Iterator[Action]:
-        """Everything from this step to the end; a run from the beginning validates before its first step."""
-        if self.validates and first_step == 1:
-            yield Action("validate", 0)
-        for step in range(first_step, self.total_steps + 1):
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint belongs to this step."""
+        return self._falls_in(self.save_every, step)
+
+    def actions(self, done: int, validated: int) -> Iterator[Action]:
+        """Everything that is left.
+
+        Args:
+            done: the last step that was trained, 0 for none.
+            validated: the last step that was validated, -1 for none.
+        """
+        if self.validates and validated < done and (done == 0 or self._falls_in(self.steps_per_eval, done)):
+            yield Action("validate", done)
+        for step in range(done + 1, self.total_steps + 1):
             yield Action("train", step)
             if self.validates and self._falls_in(self.steps_per_eval, step):
                 yield Action("validate", step)
-            if self._falls_in(self.save_every, step):
+            if self.saves(step):
                 yield Action("checkpoint", step)
 
     def _falls_in(self, interval: int, step: int) -> bool:

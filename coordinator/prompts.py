@@ -61,8 +61,23 @@ class Prompter:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        # Cleaning up would take out spaces that the model wrote.
+        text: str = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return text
+
+    def token_id(self, text: str) -> int:
+        """The id of one token.
+
+        Raises:
+            UserError: the text is no single token.
+        """
+        found = self._tokenizer.get_vocab().get(text)
+        tokens = [found] if found is not None else self._tokenizer.encode(text, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise UserError(f"{text!r} is not one token of this model")
+        return int(tokens[0])
 
 
 def sample_prompts(config: TrainConfig, prompter: Prompter) -> tuple[SamplePrompt, ...]:

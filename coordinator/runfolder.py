@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from coordinator.stream import Noted, RunEvent, Sampled, StepFinished, Tested, Validated
+from coordinator.stream import Noted, RunEvent, RunFinished, RunStarted, Sampled, StepFinished, Tested, Validated
 from node.errors import UserError
 from node.files import write_text_atomically
 
@@ -173,7 +173,12 @@ class Recorder:
             self._append(self._folder.metrics, event.metrics)
             return
         entry: dict[str, Any] | None = None
-        if isinstance(event, Noted):
+        if isinstance(event, RunStarted):
+            kind = "started" if event.first_step == 1 else "resumed"
+            entry = {"kind": kind, "message": f"{kind} at step {event.first_step}", "level": "info", "run": event.run}
+        elif isinstance(event, RunFinished):
+            entry = {"kind": "finished", "message": event.status, "level": "info", "status": event.status}
+        elif isinstance(event, Noted):
             entry = {"kind": event.kind, "message": event.message, "level": event.level, **event.details}
         elif isinstance(event, Sampled):
             entry = {"kind": "sample", "message": f"sample at step {event.step}", "level": "info"}

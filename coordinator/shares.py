@@ -67,6 +67,11 @@ class Evaluation:
     def __len__(self) -> int:
         return len(self._plan.batches)
 
+    @property
+    def rows(self) -> int:
+        """Rows in all chunks together."""
+        return self._plan.rows
+
     def chunk(self, index: int) -> Rows:
         """The rows of one chunk."""
         return gather(self._tokens, self._plan.batches[index])

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+NOTES_KEPT = 100
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -131,13 +133,20 @@ class Broadcast:
 
     def __init__(self, readers: Iterable[Reader] = ()) -> None:
         self._readers = list(readers)
+        self._notes: list[Noted] = []
 
     def add(self, reader: Reader) -> None:
-        """Hand events to this one too, from now on."""
+        """Hand events to this one too, after what was noted so far."""
+        for note in self._notes:
+            reader.handle(note)
         self._readers.append(reader)
 
     def handle(self, event: RunEvent) -> None:
         """See ``Reader``."""
+        if isinstance(event, RunStarted):
+            self._notes = []
+        elif isinstance(event, Noted) and len(self._notes) < NOTES_KEPT:
+            self._notes.append(event)
         for reader in self._readers:
             reader.handle(event)
 

@@ -124,6 +124,9 @@ def _show(seen: Peek, machine: Facts, lines: list[Line], mine: Line, advice: Adv
     shorter = estimate_memory(seen.config, seen.shapes, replace(options, max_seq_length=512)).total
     if options.max_seq_length > 512:
         click.echo(f"{options.fine_tune_type} with rows of at most 512 tokens: {show_size(shorter)}")
+    if mine.verdict in {"yellow", "red"} and options.batch_size > 1:
+        alone = estimate_memory(seen.config, seen.shapes, replace(options, micro_batch_rows=1)).total
+        click.echo(f"computed one row at a time, as train does by itself where memory is short: {show_size(alone)}")
     if advice is not None:
         _show_advice(advice)
 

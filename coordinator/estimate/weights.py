@@ -57,7 +57,7 @@ def quantization(config: Mapping[str, Any]) -> tuple[int, int]:
     for key in ("quantization", "quantization_config"):
         found = config.get(key)
         if isinstance(found, Mapping):
-            bits = found.get("bits", 4)
+            bits = found.get("bits", 8 if found.get("quant_method") == "fp8" else 4)
             group = found.get("group_size", 64)
             return (bits if isinstance(bits, int) else 4), (group if isinstance(group, int) and group > 0 else 64)
     return 0, 0

@@ -1,0 +1,190 @@
+"""Whatever is killed, whenever: the same curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from coordinator.api import train
+from coordinator.config import TrainConfig
+from tests.fixtures.models import tiny_model
+from tests.fixtures.runs import Run, losses, notes, validations, write_chat_data
+
+ITERS = 48
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model(folder / "model", "llama")
+    write_chat_data(folder / "data")
+    return folder
+
+
+def options(inputs: Path, adapter: Path) -> TrainConfig:
+    return TrainConfig(
+        model=str(inputs / "model"),
+        data=str(inputs / "data"),
+        adapter_path=str(adapter),
+        iters=ITERS,
+        batch_size=4,
+        grad_accumulation_steps=2,
+        learning_rate=1e-3,
+        lora_dropout=0.1,
+        neftune_alpha=5.0,
+        num_layers=2,
+        save_every=8,
+        steps_per_eval=12,
+        lr_schedule={"name": "cosine_decay", "arguments": [1e-3, 24], "warmup": 4},
+    )
+
+
+def arguments(inputs: Path, adapter: Path) -> list[str]:
+    config = options(inputs, adapter)
+    file = adapter.with_suffix(".yaml")
+    from coordinator.config_file import write_yaml
+
+    file.write_text(write_yaml(config))
+    return ["train", "-c", str(file)]
+
+
+@pytest.fixture(scope="module")
+def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("reference") / "adapters"
+    train(options(inputs, folder))
+    return folder
+
+
+def assert_same_curve(folder: Path, reference: Path) -> None:
+    assert losses(folder) == losses(reference)
+    assert validations(folder) == validations(reference)
+    ours, theirs = (load_file(path / "adapters.safetensors") for path in (folder, reference))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_reference_is_complete(reference: Path) -> None:
+    assert [step for step, _ in losses(reference)] == list(range(1, ITERS // 2 + 1))
+    assert [step for step, _ in validations(reference)] == [0, 6, 12, 18, 24]
+
+
+@pytest.mark.timeout(280)
+def test_ten_kills_at_random_times_leave_the_same_curve(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    chance = random.Random(20)
+    command = arguments(inputs, folder)
+    run = Run(*command)
+    replayed = 0
+    for round_ in range(10):
+        done = max((step for step, _ in losses(folder)), default=0) if folder.exists() else 0
+        run.until_step(min(done + chance.randint(1, 4), ITERS // 2 - 1))
+        if round_ % 2:
+            run.kill_worker()
+            event = run.until(lambda event: event.get("kind") == "restarted")
+            replayed += event["details"]["replayed_steps"]
+            continue
+        run.kill()
+        resumable = (folder / "checkpoints").exists() and any((folder / "checkpoints").glob("[0-9]*"))
+        run = Run("train", "--resume", "--adapter-path", folder) if resumable else Run(*command)
+    code, errors = run.wait()
+    assert code == 0, errors
+    assert replayed > 0
+    assert_same_curve(folder, reference)
+    assert (folder / "previous").exists() is False or not list((folder / "previous").glob("*/checkpoints"))
+
+
+def test_ctrl_c_saves_and_resume_goes_on(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    run = Run(*arguments(inputs, folder))
+    run.until_step(5)
+    run.interrupt()
+    code, errors = run.wait()
+    assert code == 130
+    assert errors.strip().splitlines() == [errors.strip()], "one line"
+    stopped = losses(folder)[-1][0]
+    assert f"stopped at step {stopped} of {ITERS // 2}" in errors
+    finished = run.events[-1]
+    assert finished["event"] == "finished"
+    assert finished["status"] == "interrupted"
+    command = finished["next_commands"][0][1].split()
+    assert command[:2] == ["coordinator", "train"]
+    again = Run(*command[1:])
+    assert again.wait()[0] == 0
+    assert_same_curve(folder, reference)
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    newest = max((folder / "checkpoints").glob("[0-9]*"))
+    broken = bytearray((newest / "optimizer.safetensors").read_bytes())
+    broken[-3] ^= 0xFF
+    (newest / "optimizer.safetensors").write_bytes(broken)
+    train(dataclasses.replace(options(inputs, folder), warmup=None), resume=True)
+    (damage,) = notes(folder, "damaged_checkpoint")
+    assert newest.name in damage["message"]
+    assert [step for step, _ in losses(folder)] == list(range(1, ITERS // 2 + 1))
+    assert_same_curve(folder, reference)
+
+
+def test_the_last_line_of_the_metrics_may_be_cut_off(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    for checkpoint in sorted((folder / "checkpoints").glob("[0-9]*"))[-2:]:
+        shutil.rmtree(checkpoint)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "lo')
+    train(options(inputs, folder), resume=True)
+    assert_same_curve(folder, reference)
+
+
+def test_resuming_with_other_data_is_refused(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    other = write_chat_data(tmp_path / "data", seed=1)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(str(inputs / "data"), str(other)))
+    before = (folder / "metrics.jsonl").read_bytes()
+    code, errors = Run("train", "--resume", "--adapter-path", folder).wait()
+    assert code == 2
+    assert "the training data is not what this run began with" in errors
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_another_option_is_refused(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    code, errors = Run("train", "--resume", "--adapter-path", folder, "--batch-size", "2").wait()
+    assert code == 2
+    assert "--batch-size was 4 in this run and cannot become 2" in errors
+
+
+def test_resume_can_train_further(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    code, errors = Run("train", "--resume", "--adapter-path", folder, "--iters", str(ITERS + 4)).wait()
+    assert code == 0, errors
+    assert [step for step, _ in losses(folder)] == list(range(1, ITERS // 2 + 3))
+    assert losses(folder)[: ITERS // 2] == losses(reference)
+
+
+def test_an_older_run_is_moved_aside_and_nothing_of_it_is_lost(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    old = json.loads((folder / "run.json").read_text())["run"]
+    before = {path.name for path in reference.iterdir()}
+    result = train(dataclasses.replace(options(inputs, folder), iters=4))
+    assert result.run != old
+    kept = folder / "previous" / old
+    assert {path.name for path in kept.iterdir()} == before
+    assert losses(kept) == losses(reference)
+    (archived,) = notes(folder, "archived")
+    assert str(kept) in archived["message"]
