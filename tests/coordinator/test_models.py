@@ -141,7 +141,6 @@ FAILURES: list[tuple[Exception, str]] = [
         "no folder and no Hugging Face model is called org/name",
     ),
     (errors.RevisionNotFoundError("m", response=answer(404)), "has no revision v9"),
-    (errors.RemoteEntryNotFoundError("m", response=answer(404)), r"has no config\.json"),
     (errors.LocalEntryNotFoundError("m"), "not in the Hugging Face cache"),
     (errors.OfflineModeIsEnabled("m"), "the Hub cannot be reached"),
     (httpx2.ConnectError("m"), "the Hub cannot be reached"),
@@ -161,6 +160,31 @@ def test_the_hubs_errors_become_ours(error: Exception, message: str, monkeypatch
     with pytest.raises(TandemError, match=message) as caught:
         resolve("org/name", revision="v9")
     assert "\n" not in str(caught.value)
+
+
+def test_a_repository_without_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *arguments, **options: str(tmp_path))
+    with pytest.raises(UserError, match=r"org/name has no config\.json: it is no model"):
+        resolve("org/name")
+
+
+def test_a_peek_fetches_the_configuration_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(*arguments: Any, **options: Any) -> str:
+        asked.append(options["allow_patterns"])
+        if options.get("local_files_only"):
+            raise errors.LocalEntryNotFoundError("m")
+        return str(model)
+
+    def no_metadata(*arguments: Any, **options: Any) -> None:
+        raise errors.NotASafetensorsRepoError("m")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", no_metadata)
+    found = peek("org/name")
+    assert (found.name, found.config["model_type"], found.shapes) == ("org/name", "llama", None)
+    assert asked[1:] == [["config.json"]]
 
 
 def cached_repository(model: Path, home: Path) -> str:

@@ -117,8 +117,9 @@ def test_the_table(seven: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, shown, _ = run(capsys, "--model", seven, "--memory", "32GB")
     assert code == 0
     assert "llama, 32 layers, 6.74 B parameters; size of the weights exact" in shown
-    weights = {line[:12].strip(): line[12:21].strip() for line in shown.splitlines() if line[:4] in {"lora", "full"}}
-    assert weights == {"lora 4-bit": "3.5", "lora": "12.6", "full": "12.6"}  # GiB
+    table = shown.split("\n\n")[1].splitlines()[1:]
+    weights = {line[:12].strip(): line[12:21].strip() for line in table}
+    assert weights == {"lora 4-bit": "3.5", "lora": "12.6", "dora": "12.6", "full": "12.6"}  # GiB
     assert "a Mac with 32 GB: 21.3 GB for training" in shown
     assert "too much" in shown
     assert "To need less, any of:" in shown
