@@ -196,14 +196,15 @@ class _Job:
             self.reader.handle(Noted("warning", warning, "warning"))
         steps = StepSource(train, self.batches, self.program)
         steps.token_limit = fitting_tokens(config, model, train.longest)
-        prompter = Prompter(model.path, trust_remote_code=config.trust_remote_code)
+        # Loading a tokenizer takes seconds; a resumed run with cached tokens and no samples needs none.
+        prompter = Prompter(model.path, trust_remote_code=config.trust_remote_code) if config.sample_prompt else None
         work = Work(
             job=job_spec(config, model.path, self.run_id, self.work_folder, self.cache_threshold),
             program=self.program,
             steps=steps,
             validation=validation,
-            samples=sample_prompts(config, prompter),
-            decode=prompter.decode,
+            samples=sample_prompts(config, prompter) if prompter else (),
+            decode=prompter.decode if prompter else lambda _: "",
             early_stop=config.early_stop,
             save_best=config.early_stop is not None or config.keep_last is not None,
             data_digest=train.digest,
