@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import math
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,9 @@ class Piece:
 class Session:
     """A loaded model that answers. Made by ``open_session``."""
 
-    def __init__(self, worker: WorkerLink, prompter: Prompter, options: GenerateOptions, vocabulary: int | None) -> None:
+    def __init__(
+        self, worker: WorkerLink, prompter: Prompter, options: GenerateOptions, vocabulary: int | None
+    ) -> None:
         self._worker = worker
         self._prompter = prompter
         self._options = options
@@ -127,6 +129,7 @@ class Session:
         self._stop = (*prompter.stop, *(prompter.token_id(text) for text in options.extra_stop))
         self._id = 0
         self._busy = False
+        self._current = Answer("", "", 0, "interrupted", 0, 0.0, 0.0)
         self._receiving: asyncio.Task[events.Event] | None = None
 
     @property
@@ -134,7 +137,12 @@ class Session:
         """Whether prompts are continued as plain text."""
         return self._options.raw or not self._prompter.has_chat_template
 
-    async def ask(self, prompt: str) -> AsyncIterator[Piece]:
+    @property
+    def so_far(self) -> Answer:
+        """What there is of the answer that is under way; the whole of it afterwards."""
+        return self._current
+
+    async def ask(self, prompt: str) -> AsyncGenerator[Piece, None]:
         """Answer one prompt on its own."""
         async for piece in self.answer([*self.opening(), {"role": "user", "content": prompt}]):
             yield piece
@@ -144,7 +152,7 @@ class Session:
         system = self._options.system_prompt
         return [{"role": "system", "content": system}] if system else []
 
-    async def answer(self, messages: Sequence[Message]) -> AsyncIterator[Piece]:
+    async def answer(self, messages: Sequence[Message]) -> AsyncGenerator[Piece, None]:
         """Answer the last message of a conversation.
 
         An answer that is not followed to its end goes on in the worker until the next call, or ``interrupt``.
@@ -158,32 +166,28 @@ class Session:
         prompt = self._tokens(messages)
         request = self._request(prompt)
         stream = TextStream(self._prompter.decode, prompt.tolist() if self.plain else ())
-        pieces: list[str] = []
-        count = 0
+        self._current = Answer(str(messages[-1]["content"]), "", 0, "interrupted", len(prompt), 0.0, 0.0)
         self._busy = True
         await self._worker.send(request)
         while True:
             event = await self._next()
             if not isinstance(event, events.TokensGenerated) or event.id != request.id:
                 continue
-            count += len(event.tokens)
             text = stream.add(event.tokens.tolist()) + (stream.finish() if event.finished else "")
-            pieces.append(text)
+            current = self._current
+            self._current = replace(current, text=current.text + text, tokens=current.tokens + len(event.tokens))
             if event.finished:
                 break
             if text:
                 yield Piece(text)
         self._busy = False
-        answer = Answer(
-            prompt=str(messages[-1]["content"]),
-            text="".join(pieces),
-            tokens=count,
+        self._current = replace(
+            self._current,
             finish_reason=event.finished,
-            prompt_tokens=len(prompt),
             tokens_per_second=event.tokens_per_second,
             prompt_tokens_per_second=event.prompt_tokens_per_second,
         )
-        yield Piece(text, answer)
+        yield Piece(text, self._current)
 
     async def interrupt(self) -> None:
         """End the answer that the worker is at."""
@@ -261,9 +265,7 @@ async def open_session(options: GenerateOptions, view: Reader) -> AsyncIterator[
     model = await in_background(lambda advance: resolve(name, progress=advance), view)
     spec = ModelSpec(str(model.path), str(adapter.path) if adapter else "", options.trust_remote_code)
     # Both take seconds, and neither needs the other.
-    loading = asyncio.create_task(
-        asyncio.to_thread(Prompter, model.path, trust_remote_code=options.trust_remote_code)
-    )
+    loading = asyncio.create_task(asyncio.to_thread(Prompter, model.path, trust_remote_code=options.trust_remote_code))
     try:
         async with task_worker(spec, view) as worker:
             prompter = await loading
@@ -278,7 +280,7 @@ async def open_session(options: GenerateOptions, view: Reader) -> AsyncIterator[
         await asyncio.gather(loading, return_exceptions=True)
 
 
-async def generate(options: GenerateOptions, view: Reader) -> AsyncIterator[Piece]:
+async def generate(options: GenerateOptions, view: Reader) -> AsyncGenerator[Piece, None]:
     """Answer every prompt of the options, in order; the last piece of each answer holds it whole.
 
     Raises:
@@ -305,7 +307,7 @@ class Chat:
         self._session = session
         self._messages = session.opening()
 
-    async def say(self, text: str) -> AsyncIterator[Piece]:
+    async def say(self, text: str) -> AsyncGenerator[Piece, None]:
         """Answer a message; whatever was said of the answer is remembered, even when it is cut off."""
         self._messages.append({"role": "user", "content": text})
         said: list[str] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,32 +17,81 @@ from node.events import TokensGenerated
 from node.spec import Generate
 
 
-def generate(model: nn.Module, request: Generate) -> Iterator[TokensGenerated]:
-    """Continue a prompt token by token; the last event says why it ended."""
+class _Superseded(Exception):
+    """Nobody waits for this answer any more."""
+
+
+def generate(model: nn.Module, request: Generate, superseded: Callable[[], bool]) -> Iterator[TokensGenerated]:
+    """Continue a prompt token by token; the last event says why it ended.
+
+    Args:
+        model: what continues it.
+        request: the prompt, and how to sample. With ``max_tokens`` 0 the last event comes at once.
+        superseded: whether to stop early, without a last event.
+    """
     model.eval()
     mx.random.seed(request.seed)
-    sampler = make_sampler(request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p)
-    penalty = request.repetition_penalty or None
-    processors = make_logits_processors(None, penalty, request.repetition_context)
     began = time.perf_counter()
     first: float | None = None
     count, finished = 0, "length"
-    prompt = mx.array(np.array(request.prompt, np.int32))
-    steps = generate_step(prompt, model, max_tokens=request.max_tokens, sampler=sampler, logits_processors=processors)
-    for token, _ in steps:
-        first = first or time.perf_counter()
-        if int(token) in request.stop:
-            finished = "stop"
-            break
-        count += 1
-        yield TokensGenerated(request.id, np.array([int(token)], np.int32))
-    steps.close()
+    with (
+        _uncompiled(),
+        contextlib.suppress(_Superseded),
+        contextlib.closing(_steps(model, request, superseded)) as tokens,
+    ):
+        for token in tokens:
+            first = first or time.perf_counter()
+            if token in request.stop:
+                finished = "stop"
+                break
+            count += 1
+            yield TokensGenerated(request.id, np.array([token], np.int32))
+    if superseded():
+        return
     ended = time.perf_counter()
     first = first or ended
+    # The first token belongs to the prompt's time; the one that ended the text was computed too.
+    timed = count - 1 + (finished == "stop")
     yield TokensGenerated(
         request.id,
         np.zeros(0, np.int32),
         finished,
-        tokens_per_second=count / max(ended - first, 1e-9) if count else 0.0,
+        tokens_per_second=timed / max(ended - first, 1e-9) if timed > 0 else 0.0,
         prompt_tokens_per_second=len(request.prompt) / max(first - began, 1e-9),
     )
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """On a CPU, without compiling samplers: the C++ compiler takes longer than they ever save."""
+    if mx.default_device().type != mx.cpu or "MLX_DISABLE_COMPILE" in os.environ:
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+def _steps(model: nn.Module, request: Generate, superseded: Callable[[], bool]) -> Generator[int, None, None]:
+    """The tokens that the model gives, stop tokens included, until nobody waits for them."""
+    if request.max_tokens == 0:
+        return
+
+    def check(_done: int = 0, _total: int = 0) -> None:
+        if superseded():
+            raise _Superseded
+
+    steps = generate_step(
+        mx.array(np.array(request.prompt, np.int32)),
+        model,
+        max_tokens=request.max_tokens,
+        sampler=make_sampler(request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p),
+        logits_processors=make_logits_processors(None, request.repetition_penalty or None, request.repetition_context),
+        prompt_progress_callback=check,
+    )
+    with contextlib.closing(steps):
+        for token, _ in steps:
+            check()
+            yield int(token)

@@ -22,13 +22,19 @@ class Inbox:
         self._requests: deque[tuple[int, Request]] = deque()
         self._changed = threading.Condition()
         self._generation = 0
+        self._begun = 0
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def next(self) -> Request:
         """The next request; waits for one."""
         with self._changed:
             self._changed.wait_for(lambda: self._requests)
-            return self._requests.popleft()[1]
+            self._begun, request = self._requests.popleft()
+            return request
+
+    def superseded(self) -> bool:
+        """Whether a newer generation was heard of since the last request was begun."""
+        return self._generation > self._begun
 
     def send(self, event: Event) -> None:
         """Send an event up, stamped with the newest generation heard of."""

@@ -103,7 +103,7 @@ class Worker:
                 from node.worker.generate import generate
 
                 assert self._model is not None
-                for event in generate(self._model, request):
+                for event in generate(self._model, request, self._inbox.superseded):
                     self._inbox.send(event)
             case Fuse():
                 from node.worker.export import fuse

@@ -8,11 +8,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
 from node.errors import UserError
 from node.spec import ModelSpec, TuningSpec
+from node.worker.adapter import apply_adapter
 from node.worker.randomness import RowContext, add_embedding_noise, key_dropout
 
 
@@ -34,10 +35,7 @@ def load(spec: ModelSpec, *, lazy: bool = False) -> tuple[nn.Module, dict[str, A
             raise
         raise UserError(f"cannot load the model in {spec.path}: {_one_line(error)}") from error
     if spec.adapter_path:
-        try:
-            load_adapters(model, spec.adapter_path)
-        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            raise UserError(f"cannot use the adapter in {spec.adapter_path}: {_one_line(error)}") from error
+        apply_adapter(model, spec.adapter_path)
     return model, config
 
 
