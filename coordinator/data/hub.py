@@ -34,6 +34,7 @@ FEATURE_KEYS = {
 }
 KEYS = ("path", "train_split", "valid_split", "test_split", "config", *FEATURE_KEYS)
 READ_ROWS = 1000
+HTTP_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
 
 Progress = Callable[[str, int, int], None]
 
@@ -177,13 +178,8 @@ def _is_network(error: BaseException) -> bool:
     """Whether an HTTP library's error, or being offline, is behind this one; the classes differ between versions."""
     seen: BaseException | None = error
     while seen is not None:
-        if "Offline" in type(seen).__name__ or type(seen).__module__.split(".")[0] in (
-            "httpx",
-            "httpcore",
-            "requests",
-            "urllib3",
-            "aiohttp",
-        ):
+        kind = type(seen)
+        if "Offline" in kind.__name__ or kind.__module__.split(".")[0] in HTTP_LIBRARIES:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
