@@ -161,8 +161,7 @@ class Worker:
         assert self._copier is not None
         self._copier.copy(trainer.published(), requested=requested)
         if job.tuning is not None and job.tuning.fine_tune_type == "full":
-            self._copier.close()
-            self._copier = Copier(Path(job.folder), self._inbox.send)
+            self._copier.wait()
 
     def _training(self) -> tuple[Trainer, JobSpec]:
         assert self._trainer is not None

@@ -92,8 +92,12 @@ class Copier:
         """Have this state written; waits while two older ones still are."""
         self._waiting.put((state, requested))
 
+    def wait(self) -> None:
+        """Wait until everything is written that was handed over so far."""
+        self._waiting.join()
+
     def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written, and end."""
         self._waiting.put(None)
         self._thread.join()
 
@@ -104,14 +108,20 @@ class Copier:
                 self._emit(self._write(state, requested))
             except (OSError, TandemError) as error:
                 self._emit(CopyFailed(state.step, requested, str(error)))
+            finally:
+                self._waiting.task_done()
 
     def _write(self, state: Published, requested: bool) -> Copied:
         name = f"{state.step:07d}{'-checkpoint' if requested else ''}"
         weights = self._folder / f"{name}.weights.safetensors"
         moments = self._folder / f"{name}.optimizer.safetensors"
-        copied = Copied(
-            state.step, requested, save_arrays(weights, state.parameters), save_arrays(moments, state.moments)
-        )
+        try:
+            copied = Copied(
+                state.step, requested, save_arrays(weights, state.parameters), save_arrays(moments, state.moments)
+            )
+        except OSError:
+            weights.unlink(missing_ok=True)  # half a copy is of no use, and takes room on a disk that has none
+            raise
         if not requested:
             self._own.append((weights, moments))
             for old in self._own[:-KEPT_COPIES]:

@@ -20,10 +20,11 @@ from coordinator.data.batches import Batches
 from node.spec import OptimizerSpec, TuningSpec
 from tests.fixtures.models import tiny_model
 from tests.fixtures.oracle import Batch, OracleRun, oracle_run
-from tests.fixtures.training import InProcess, difference, random_batches
+from tests.fixtures.training import InProcess, as_rows, difference, random_batches
 
 TOLERANCE = 1e-4
 LORA: dict[str, Any] = {"rank": 4, "scale": 10.0, "dropout": 0.0}
+WORDS = ("seven", "swift", "foxes", "jump", "over", "lazy", "dogs", "while", "twelve", "owls", "watch", "old", "rivers")
 ADAPTER = TuningSpec(num_layers=-1, rank=4, scale=10.0)
 
 
@@ -56,7 +57,7 @@ def test_each_method(method: str, masked: bool, request: pytest.FixtureRequest) 
     ours = InProcess(model, spec, OptimizerSpec(learning_rate=1e-3), seed=3).run(batches)
     assert_same(ours, oracle)
     assert sum(oracle.losses[3:]) < sum(oracle.losses[:3]) - 0.2
-    targets = [sum(len(row) - (start or 1) for row, start in batch) for batch in batches]  # type: ignore[type-var]
+    targets = [as_rows(batch).target_tokens for batch in batches]
     assert [done.tokens for done in ours.done] == targets
 
 
@@ -132,11 +133,10 @@ def test_last_layers_and_chosen_keys(plain: Path) -> None:
 
 def write_completions(folder: Path, rows: int) -> list[dict[str, str]]:
     """A training set of rows of very different lengths."""
-    words = "seven swift foxes jump over the lazy dog while twelve owls watch the quiet old river".split()
     content = [
         {
-            "prompt": " ".join(words[(3 * i + j) % len(words)] for j in range(1 + i % 5)),
-            "completion": " ".join(words[(5 * i + j) % len(words)] for j in range(1 + (7 * i) % 11)),
+            "prompt": " ".join(WORDS[(3 * i + j) % len(WORDS)] for j in range(1 + i % 5)),
+            "completion": " ".join(WORDS[(5 * i + j) % len(WORDS)] for j in range(1 + (7 * i) % 11)),
         }
         for i in range(rows)
     ]

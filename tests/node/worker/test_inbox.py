@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+
+import pytest
+
+from node import wire
+from node.channel import BlockingChannel
+from node.events import Restored
+from node.spec import CopyState, Request, Stop
+from node.worker.inbox import Inbox
+
+
+class Line(BlockingChannel):
+    """A channel that tells when all that was put in has been read. It never ends: its end would end the process."""
+
+    def __init__(self) -> None:
+        ours, self.peer = socket.socketpair()
+        super().__init__(ours)
+        self._messages: queue.Queue[bytes] = queue.Queue()
+
+    def put(self, generation: int, *requests: Request) -> None:
+        for request in requests:
+            self._messages.put(wire.encode_request(request, generation))
+
+    def wait_until_read(self) -> None:
+        done = threading.Thread(target=self._messages.join, daemon=True)
+        done.start()
+        done.join(30)
+        assert not done.is_alive()
+
+    _taken = False
+
+    def receive(self) -> bytes | None:
+        if self._taken:
+            self._messages.task_done()
+        message = self._messages.get()
+        self._taken = True
+        return message
+
+
+@pytest.fixture
+def line() -> Line:
+    return Line()
+
+
+def test_requests_come_in_order(line: Line) -> None:
+    inbox = Inbox(line)
+    line.put(0, CopyState(1), CopyState(2), Stop())
+    assert [inbox.next() for _ in range(3)] == [CopyState(1), CopyState(2), Stop()]
+
+
+def test_a_newer_generation_drops_what_has_not_begun(line: Line) -> None:
+    inbox = Inbox(line)
+    line.put(0, CopyState(1))
+    assert inbox.next() == CopyState(1)
+    assert not inbox.superseded()
+    line.put(0, CopyState(2), CopyState(3))
+    line.put(2, CopyState(4))
+    line.put(1, CopyState(5))  # late, of a generation that has ended
+    line.put(2, CopyState(6))
+    line.wait_until_read()
+    assert inbox.superseded()
+    assert [inbox.next(), inbox.next()] == [CopyState(4), CopyState(6)]
+    assert not inbox.superseded()
+
+
+def test_events_carry_the_newest_generation(line: Line) -> None:
+    inbox = Inbox(line)
+    line.put(3, Stop())
+    inbox.next()
+    inbox.send(Restored(7))
+    reader = BlockingChannel(line.peer)
+    data = reader.receive()
+    assert data is not None
+    assert wire.decode_event(data) == (3, Restored(7))
