@@ -12,6 +12,17 @@ from coordinator.config import TrainConfig
 from coordinator.config_file import merge, read_yaml
 from coordinator.resume import resumed_config
 
+HELP = """Fine-tune a model.
+
+A pasted mlx_lm.lora command line works, and so does its YAML file with -c. Flags win over the file.
+
+\b
+Examples:
+  coordinator train --model mlx-community/Qwen3-0.6B-4bit --data data --iters 600
+  coordinator train -c lora.yaml --batch-size 8
+  coordinator train --resume --adapter-path adapters
+"""
+
 _HEADINGS = {
     **groups(),
     "config": "Model and data",
@@ -24,16 +35,7 @@ _HEADINGS = {
 
 
 def run(config: str | None, resume: bool, quiet: bool, as_json: bool, plain: bool, train: bool, **flags: Any) -> None:
-    r"""Fine-tune a model.
-
-    A pasted mlx_lm.lora command line works, and so does its YAML file with -c. Flags win over the file.
-
-    \b
-    Examples:
-      coordinator train --model mlx-community/Qwen3-0.6B-4bit --data data --iters 600
-      coordinator train -c lora.yaml --batch-size 8
-      coordinator train --resume --adapter-path adapters
-    """
+    """Start a run, or go on with one."""
     del train  # mlx_lm asks for it; this command does nothing else
     from coordinator.api import train as start
     from coordinator.view import ViewMode, make_view
@@ -56,7 +58,7 @@ def load(file_options: dict[str, Any], flags: dict[str, Any], *, resume: bool) -
 train = GroupedCommand(
     "train",
     callback=run,
-    help=run.__doc__,
+    help=HELP,
     groups=_HEADINGS,
     params=[
         click.Option(["-c", "--config"], metavar="FILE", help="YAML file with any of these options, ours or mlx_lm's."),

@@ -20,8 +20,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     inbox = Inbox(BlockingChannel(socket.socket(fileno=arguments.fd)))
 
+    import mlx.core as mx
+
     from node.worker.loop import Worker
 
+    if mx.default_device().type == mx.cpu:
+        # There, a C++ compiler would be started for every kernel, for next to no gain.
+        mx.disable_compile()
     return 0 if Worker(inbox).run() else 1
 
 
