@@ -23,6 +23,8 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 }
 # One wide and one narrow matrix instead of gate, up and down.
 _UNGATED = {"phi", "gpt2", "gpt_neox", "gpt_bigcode", "starcoder2", "stablelm_epoch", "phixtral", "nemotron", "opt"}
+_GELU = {"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "phi", "starcoder2"}
+_POST_NORMS = {"gemma2", "gemma3", "gemma3_text", "olmo2"}
 _TIED_UNLESS_SAID = {"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "cohere", "cohere2", "llama", "gpt2"}
 
 
@@ -61,6 +63,9 @@ class Architecture:
         vocab: rows of the embedding.
         tied: whether the head is the embedding.
         block: the linear layers of one block.
+        gelu: whether the feed-forward part's activation is a GELU, which keeps more than SiLU for its gradient.
+        post_norms: whether a block normalises its outputs as well as its inputs.
+        capped: whether the attention scores are soft-capped.
     """
 
     model_type: str
@@ -74,6 +79,24 @@ class Architecture:
     vocab: int
     tied: bool
     block: tuple[Linear, ...]
+    gelu: bool = False
+    post_norms: bool = False
+    capped: bool = False
+
+    def kept_elements(self, length: int) -> int:
+        """Elements per token that one block keeps for its backward pass, with attention unfused.
+
+        Residual stream and its normed copies, queries, keys, values and attention's output, projections that are split
+        afterwards, the feed-forward part's gate, up projection and their products, and the attention weights.
+        """
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        fused = sum(
+            linear.outputs for linear in self.block if linear.name.endswith(("qkv_proj", "wqkv", "gate_up_proj"))
+        )
+        stream = (8 if self.post_norms else 4) * self.hidden
+        inner = (5 if self.gated else 3) + ((3 if self.gated else 2) if self.gelu else 0)
+        scores = (3 if self.capped else 1) * self.heads * length
+        return stream + 3 * queries + 2 * keys + fused + inner * self.inner + scores
 
     @property
     def parameters(self) -> int:
@@ -123,6 +146,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         vocab=vocab,
         tied=bool(tied) if tied is not None else model_type in _TIED_UNLESS_SAID,
         block=(*attention, *feed),
+        gelu="gelu" in str(config.get("hidden_activation") or config.get("hidden_act") or "") or model_type in _GELU,
+        post_norms=model_type in _POST_NORMS,
+        capped=bool(config.get("attn_logit_softcapping")),
     )
 
 

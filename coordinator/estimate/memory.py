@@ -192,16 +192,11 @@ class _Step:
     def kept_per_layer(self) -> int:
         """What one trained block keeps for its backward pass.
 
-        Residual stream and its normed copies, queries, keys, values and attention's output, the feed-forward part's
-        gate, up projection and their products, and the attention weights; and for adapters in a half-precision
-        model an fp32 copy of each layer's input, and for DoRA each layer's output before it is scaled.
+        With adapters in a half-precision model also an fp32 copy of each layer's input, and with DoRA each layer's
+        output before it is scaled.
         """
-        model, width = self.model, self.weights.compute_bytes
-        inner = 5 if model.gated else 3
-        scores = model.heads * self.options.max_seq_length
-        queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        elements = 4 * model.hidden + 3 * queries + 2 * keys + inner * model.inner + scores
-        kept = elements * width
+        width = self.weights.compute_bytes
+        kept = self.model.kept_elements(self.options.max_seq_length) * width
         per_layer = max(len(self.trained_layers), 1)
         if self.options.fine_tune_type != "full" and width < FP32_BYTES:
             kept += FP32_BYTES * sum(self._seen(linear, linear.inputs) for linear in self.adapted) // per_layer
