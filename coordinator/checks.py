@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from coordinator.config import TrainConfig
 from coordinator.data.tokenset import TokenSet
+from coordinator.estimate.architecture import Architecture, architecture
+from coordinator.models import ResolvedModel
+from coordinator.update_rule import nearest
+from coordinator.weight_files import read_header, weight_shapes
 from node.errors import UserError
+
+# The path of a module inside its block, in the name of one of its tensors.
+_IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<block>\d+)\.(?P<module>.+)\.[^.]+$")
 
 
 def check_options(config: TrainConfig, *, resume: bool) -> None:
@@ -20,17 +28,86 @@ def check_options(config: TrainConfig, *, resume: bool) -> None:
         raise UserError("--model: say which model, a Hugging Face repo or a local folder")
     if config.nodes not in ("auto", "local"):
         raise UserError(f"--nodes {config.nodes}: no such node found; use auto or local for this machine")
-    if config.resume_adapter_file:
-        if resume:
-            raise UserError("--resume and --resume-adapter-file exclude each other; --resume restores everything")
-        if not Path(config.resume_adapter_file).is_file():
-            raise UserError(f"--resume-adapter-file {config.resume_adapter_file}: no such file")
+    # A resumed run began from these weights perhaps, but needs them no more.
+    if config.resume_adapter_file and not resume and not Path(config.resume_adapter_file).is_file():
+        raise UserError(f"--resume-adapter-file {config.resume_adapter_file}: no such file")
+    if config.val_batches == 0:
+        for option, given in (("--early-stop", config.early_stop), ("--sample-prompt", config.sample_prompt)):
+            if given:
+                raise UserError(f"{option} needs validations; --val-batches 0 turns them off")
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--report-to {name}: not installed; pip install {name}")
     if not config.fuse and (config.upload_repo or config.dequantize):
         option = "--upload-repo" if config.upload_repo else "--dequantize"
         raise UserError(f"{option} needs --fuse: it is the fused model that it is about")
+
+
+def check_model(config: TrainConfig, model: ResolvedModel, *, resume: bool) -> list[str]:
+    """Options that do not fit the model, as far as its configuration and the headers of its weights tell.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        UserError: with the option's name and how to mend it.
+    """
+    if config.fine_tune_type == "full":
+        return []
+    shape = architecture(model.config)
+    if config.lora_rank > shape.hidden:
+        raise UserError(
+            f"--lora-rank {config.lora_rank} is more than the model is wide ({shape.hidden}); 4 to 64 are usual"
+        )
+    if config.resume_adapter_file and not resume:
+        _check_adapter_file(config, shape)
+    return _check_keys(config, model, shape)
+
+
+def _check_keys(config: TrainConfig, model: ResolvedModel, shape: Architecture) -> list[str]:
+    """Compare ``--lora-keys`` with the names of the weights. Loading may rename modules, so doubt is no mistake."""
+    if config.lora_keys is None:
+        return []
+    stored = {match["module"] for name in weight_shapes(model.path) if (match := _IN_BLOCK.search(name))}
+    known = sorted(stored | {linear.name for linear in shape.block})
+    missing = [key for key in config.lora_keys if key not in known]
+    parts = {name.rpartition(".")[2] for name in known}
+    # Named by its last part only, or by a part that occurs nowhere: no renaming makes a layer of that.
+    wrong = [key for key in missing if "." not in key or key.rpartition(".")[2] not in parts]
+    hints = [f"{key}{_near_key(key, known)}" for key in missing]
+    if len(wrong) == len(config.lora_keys):
+        raise UserError(f"--lora-keys: the model has no layer {hints[0]}")
+    return [f"--lora-keys: the model may have no layer {hint}" for hint in hints]
+
+
+def _near_key(key: str, known: list[str]) -> str:
+    same_end = [name for name in known if name.endswith(f".{key}")]
+    linear = [name for name in known if "norm" not in name]
+    return f"; did you mean {same_end[0]}?" if same_end else nearest(key, linear)
+
+
+def _check_adapter_file(config: TrainConfig, shape: Architecture) -> None:
+    """Compare ``--resume-adapter-file`` with the rank and the number of layers that are trained."""
+    path = Path(str(config.resume_adapter_file))
+    tensors = read_header(path)
+    adapters = {name: size for name, (_, size) in tensors.items() if name.endswith(".lora_a")}
+    if not adapters:
+        raise UserError(f"--resume-adapter-file {path}: holds no adapter weights; give an adapters.safetensors")
+    first = 0 if config.num_layers < 0 else max(0, shape.layers - config.num_layers)
+    for name, size in adapters.items():
+        found = _IN_BLOCK.search(name)
+        if found and int(found["block"]) < first:
+            raise UserError(
+                f"--resume-adapter-file {path}: holds layer {found['block']}, which --num-layers {config.num_layers}"
+                f" of {shape.layers} does not train; say --num-layers {shape.layers - int(found['block'])}"
+            )
+        if found and int(found["block"]) >= shape.layers:
+            raise UserError(
+                f"--resume-adapter-file {path}: holds layer {found['block']}, the model has {shape.layers};"
+                " it belongs to another model"
+            )
+        if len(size) == 2 and size[1] != config.lora_rank:
+            raise UserError(f"--resume-adapter-file {path}: its rank is {size[1]}; say --lora-rank {size[1]}")
 
 
 def data_warnings(split: str, tokens: TokenSet) -> list[str]:

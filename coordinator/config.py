@@ -12,14 +12,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from coordinator.update_rule import ARGUMENTS, check_arguments, check_schedule
 from node.errors import UserError
 
-OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+OPTIMIZERS = tuple(ARGUMENTS)
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 REPORTERS = ("wandb", "swanlab", "tensorboard")
 MASKS = ("all", "prompt", "assistant")
 GGUF_TYPES = ("f16", "f32", "bf16", "q8_0")
 PRESETS = ("mlx-lm",)
+
+LARGEST = (1 << 31) - 1  # of whole numbers, as MLX counts
 
 # What mlx_lm does where nothing is said, and this program does otherwise.
 MLX_LM_SCALE = 20.0
@@ -71,7 +74,7 @@ class TrainConfig:
     neftune_alpha: float = option(0.0, "Noise on the embeddings while training (NEFTune); 0 is off.", minimum=0)
     grad_checkpoint: bool = option(False, "Recompute activations to save memory.")
     clear_cache_threshold: Any = option(0, "Clear MLX's cache between steps above this size, as 2GB; 0 never.")
-    seed: int = option(0, "Of adapter weights, data order and dropout.")
+    seed: int = option(0, "Of adapter weights, data order and dropout.", minimum=0, below=1 << 32)
 
     num_layers: int = option(
         16, "Layers to train, from the last; -1 all.", flags=("--lora-layers",), minimum=-1, group="Adapters"
@@ -79,8 +82,8 @@ class TrainConfig:
     lora_rank: int = option(
         8, "Rank of the adapters: 4 is about 0.1 % of the parameters, 8 0.2 %, 16 0.4 %.", minimum=1
     )
-    lora_alpha: float = option(16.0, "Scale times rank.", minimum=0)
-    lora_scale: float | None = option(None, "Scale of the adapters, instead of --lora-alpha.", minimum=0)
+    lora_alpha: float = option(16.0, "Scale times rank.", above=0)
+    lora_scale: float | None = option(None, "Scale of the adapters, instead of --lora-alpha.", above=0)
     rslora: bool = option(False, "Scale by alpha over the square root of the rank (rsLoRA).")
     lora_dropout: float = option(0.0, "Dropout on the adapters' inputs.", minimum=0, below=1)
     lora_keys: tuple[str, ...] | None = option(None, "Layers to adapt, comma-separated (default every linear layer).")
@@ -123,7 +126,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if value is not None and value != item.default:
+            if value is not None and value is not item.default:
                 _check(item, value)
         if self.mask_prompt and self.mask not in (None, "prompt"):
             raise UserError(f"--mask-prompt and --mask {self.mask} exclude each other; give one of them")
@@ -131,8 +134,19 @@ class TrainConfig:
             raise UserError("--iters and --epochs exclude each other; give one of them")
         if self.fine_tune_type == "full" and self.loraplus_ratio != 1:
             raise UserError("--loraplus-ratio needs adapters; it does nothing with --fine-tune-type full")
-        if self.lr_schedule is not None and self.warmup is not None and self.lr_schedule.get("warmup"):
-            raise UserError("the warm-up is given twice: by --warmup and in lr_schedule; give one of them")
+        if self.num_layers == 0:
+            raise UserError("--num-layers: 0 layers would train nothing; say how many, or -1 for all")
+        if self.test and self.test_batches == 0:
+            raise UserError("--test-batches: 0 batches measure nothing; say how many, or -1 for all")
+        if self.lora_keys is not None and not self.lora_keys:
+            raise UserError("--lora-keys: empty; name at least one layer, as self_attn.q_proj, or leave it out")
+        if self.hf_dataset is not None and not isinstance(self.hf_dataset, dict | list):
+            raise UserError("hf_dataset: give a mapping with path, or a list of them")
+        check_arguments(self.optimizer_config)
+        if self.lr_schedule is not None:
+            check_schedule(self.lr_schedule)
+            if self.warmup is not None and self.lr_schedule.get("warmup"):
+                raise UserError("the warm-up is given twice: by --warmup and in lr_schedule; give one of them")
 
     @property
     def target_mask(self) -> str:
@@ -179,12 +193,16 @@ def flag(name: str) -> str:
 
 def _check(item: dataclasses.Field[Any], value: Any) -> None:
     name, rules = flag(item.name), item.metadata
-    kinds = {"int": int, "float": float, "str": str, "bool": bool}
-    kind = kinds.get(str(item.type).split(" |", maxsplit=1)[0])
+    kinds = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict, "tuple": tuple}
+    kind = kinds.get(str(item.type).split(" |", maxsplit=1)[0].split("[", maxsplit=1)[0])
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         kind = int
     if kind is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
         raise UserError(f"{name}: {value!r} is not {_KIND_NAMES[kind]}")
+    if kind is tuple and not all(isinstance(word, str) for word in value):
+        raise UserError(f"{name}: {list(value)!r} is not a list of words")
+    if kind is int and abs(value) > LARGEST and "below" not in rules:
+        raise UserError(f"{name}: {value} is too large; at most {LARGEST}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}: {value} is not a finite number")
     if "minimum" in rules and value < rules["minimum"]:
@@ -199,4 +217,11 @@ def _check(item: dataclasses.Field[Any], value: Any) -> None:
                 raise UserError(f"{name}: {word!r} is none of {', '.join(rules['choices'])}")
 
 
-_KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_KIND_NAMES: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "a mapping of 'key: value' lines",
+    tuple: "a list of words",
+}

@@ -60,9 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             continue
         if name not in known:
             raise unknown_option(str(key), f"--config {path}")
-        options[name] = tuple(value) if isinstance(value, list) and _is_tuple(name) else value
-        if isinstance(value, str) and _is_tuple(name):
-            options[name] = tuple(word.strip() for word in value.split(",") if word.strip())
+        options[name] = _words(name, value) if _is_tuple(name) else value
     # mlx_lm writes `key: null` for "not set".
     return {name: value for name, value in options.items() if value is not None}
 
@@ -80,8 +78,9 @@ def merge(file_options: Mapping[str, Any], flag_options: Mapping[str, Any]) -> T
             if name in flags and twin not in flags:
                 options.pop(twin, None)
     if options.get("preset") == "mlx-lm":
-        options.setdefault("warmup", 0)
-        if not {"lora_scale", "lora_alpha"} & set(options):
+        if "lr_schedule" not in options:
+            options.setdefault("warmup", 0)
+        if not {"lora_scale", "lora_alpha", "rslora"} & set(options):
             options["lora_scale"] = MLX_LM_SCALE
     try:
         return TrainConfig(**options)
@@ -111,8 +110,17 @@ def _spread(options: Mapping[str, Any]) -> dict[str, Any]:
         if name is None:
             raise UserError(f"lora_parameters: unknown key {key}; known are {', '.join([*LORA_KEYS, 'keys'])}")
         if value is not None:
-            spread.setdefault(name, tuple(value) if key == "keys" else value)
+            spread.setdefault(name, _words(name, value) if key == "keys" else value)
     return spread
+
+
+def _words(name: str, value: Any) -> Any:
+    """A list, or words with commas between them; a prompt may have commas of its own."""
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, str):
+        return value
+    return (value,) if name == "sample_prompt" else tuple(word.strip() for word in value.split(",") if word.strip())
 
 
 def _is_tuple(name: str) -> bool:

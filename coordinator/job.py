@@ -16,7 +16,7 @@ from typing import Any
 
 from coordinator import runs
 from coordinator.checkpoint import Checkpoint, Checkpoints
-from coordinator.checks import check_options, data_warnings
+from coordinator.checks import check_model, check_options, data_warnings
 from coordinator.config import TrainConfig
 from coordinator.config_file import write_yaml
 from coordinator.data.batches import Batches
@@ -125,7 +125,9 @@ class _Job:
 
     def _check_inputs(self, model: ResolvedModel) -> None:
         self.cache_threshold = parse_size(self.config.clear_cache_threshold, "--clear-cache-threshold")
-        for warning in check_before_loading(self.config, model):
+        self.folder.check_free()
+        warnings = check_model(self.config, model, resume=self.resume)
+        for warning in [*warnings, *check_before_loading(self.config, model)]:
             self.reader.handle(Noted("warning", warning, "warning"))
 
     def _resumed(self) -> Checkpoint:
@@ -159,6 +161,9 @@ class _Job:
             for line in data_warnings(split, tokens):
                 self.reader.handle(Noted("warning", line, "warning"))
         if "valid" in wanted and "valid" not in sets:
+            for option, given in (("--early-stop", config.early_stop), ("--sample-prompt", config.sample_prompt)):
+                if given:
+                    raise UserError(f"{option} needs validations: add valid.jsonl (coordinator data split makes one)")
             line = "no valid.jsonl: training without validation (coordinator data split makes one)"
             self.reader.handle(Noted("warning", line, "warning"))
         return {str(split): tokens for split, tokens in sets.items()}
@@ -198,8 +203,10 @@ class _Job:
         steps.token_limit = fitting_tokens(config, model, train.longest)
         # Loading a tokenizer takes seconds; a resumed run with cached tokens and no samples needs none.
         prompter = Prompter(model.path, trust_remote_code=config.trust_remote_code) if config.sample_prompt else None
+        # A checkpoint holds all weights that are trained; the file that they began from may be gone by now.
+        began = config if resumed is None else dataclasses.replace(config, resume_adapter_file=None)
         work = Work(
-            job=job_spec(config, model.path, self.run_id, self.work_folder, self.cache_threshold),
+            job=job_spec(began, model.path, self.run_id, self.work_folder, self.cache_threshold),
             program=self.program,
             steps=steps,
             validation=validation,

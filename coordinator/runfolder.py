@@ -85,10 +85,25 @@ class RunFolder:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             handle.close()
-            raise UserError(
-                f"--adapter-path {self.path}: another run is writing here; choose another folder"
-            ) from error
+            raise self._busy() from error
         self._lock = handle
+
+    def check_free(self) -> None:
+        """See that no other run is at work here, without writing anything.
+
+        Raises:
+            UserError: one is.
+        """
+        try:
+            with (self.path / ".lock").open() as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise self._busy() from error
+        except OSError:
+            return  # no lock file, or no locks on this file system: ``lock`` has the last word
+
+    def _busy(self) -> UserError:
+        return UserError(f"--adapter-path {self.path}: another run is writing here; choose another folder")
 
     def unlock(self) -> None:
         """Let others in."""
