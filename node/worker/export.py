@@ -87,9 +87,18 @@ def fuse(model: ModelSpec, request: Fuse, progress: Progress) -> tuple[str, ...]
             written += [gguf_path, gguf_path.with_name("Modelfile")]
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise TandemError(f"the disk is full: nothing was written to {target}; free some space") from error
+            raise _disk_full(target) from error
         raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        # MLX's writer does not say why it could not write.
+        if "Unable to write" in str(error):
+            raise _disk_full(target) from error
+        raise
     return tuple(str(path) for path in written)
+
+
+def _disk_full(target: Path) -> TandemError:
+    return TandemError(f"the disk is full: {target} was not written; free some space and fuse again")
 
 
 def _check(model: ModelSpec, request: Fuse, target: Path) -> None:

@@ -41,6 +41,8 @@ SAME_PATHS = frozenset(
 )
 PREFIX = "base_model.model."
 FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+# Routers too: transformers keeps their weights outside linear layers.
+EXPERTS = re.compile(r"\.switch_mlp\.|\.block_sparse_moe\.|\.mlp\.gate$|\.shared_expert_gate$")
 LAYER = re.compile(r"^(?P<stem>.*\blayers)\.(?P<number>\d+)\.(?P<inner>.+)$")
 
 
@@ -114,8 +116,10 @@ def _parts(adapter: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[
     modules: dict[str, dict[str, mx.array]] = {}
     for name, value in weights.items():
         path, _, part = name.rpartition(".")
-        if value.ndim > 2 or ".switch_mlp." in name:
-            raise UserError(f"--export-peft: {path} is a stack of experts, and PEFT has no adapters for those")
+        if value.ndim > 2 or EXPERTS.search(path):
+            raise UserError(
+                f"--export-peft: {path} belongs to a mixture of experts, and PEFT has no adapters for those"
+            )
         if "embed" in path:
             raise UserError(f"--export-peft: {path} is an embedding; only linear layers can be exported")
         modules.setdefault(path, {})[part] = value

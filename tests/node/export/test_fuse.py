@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.utils import load_model
 
-from node.errors import UserError
+from node.errors import TandemError, UserError
 from node.spec import Fuse, ModelSpec
 from node.worker import export
 from tests.fixtures.models import FAMILIES, tiny_model
@@ -172,6 +172,19 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "fused"]
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), RuntimeError("[write] Unable to write 9 bytes to file.")]
+)
+def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(export, "save_model", fail)
+    with pytest.raises(TandemError, match=r"the disk is full: .*fused was not written"):
+        fused(tmp_path, tiny_model(tmp_path / "base", "llama"))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_model(tmp_path / "base", "llama")
     usage = shutil.disk_usage(tmp_path)
@@ -222,7 +235,7 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, prepare: Any, message: str)
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", "llama")
     adapter = random_adapter(tmp_path / "adapter", tiny_model(tmp_path / "wider", "llama", hidden=128))
-    with pytest.raises(UserError, match="cannot use the adapter"):
+    with pytest.raises(UserError, match="does not belong to this model"):
         fused(tmp_path, base, adapter)
     assert not (tmp_path / "fused").exists()
 

@@ -261,7 +261,7 @@ def test_quantized_base_with_adapter_is_not_quantized_again(tmp_path: Path) -> N
 
 
 def test_memory_stays_that_of_a_few_tensors(tmp_path: Path) -> None:
-    base = tiny_model(tmp_path / "base", "llama", hidden=512, layers=24)
+    base = tiny_model(tmp_path / "base", "llama", hidden=384, layers=16)
     adapter = random_adapter(tmp_path / "adapter", base)
     size = (base / "model.safetensors").stat().st_size
     mx.clear_cache()

@@ -116,7 +116,8 @@ def test_attention_of_a_model_with_experts(tmp_path: Path) -> None:
     ("family", "options", "message"),
     [
         ("llama", {"kind": "full"}, "a full fine-tune, not an adapter"),
-        ("mixtral", {}, "is a stack of experts"),
+        ("mixtral", {}, "belongs to a mixture of experts"),
+        ("mixtral", {"keys": ["block_sparse_moe.gate"]}, "belongs to a mixture of experts"),
         ("llama", {"keys": ["model.embed_tokens"]}, "is an embedding"),
         ("olmo", {}, None),
     ],
