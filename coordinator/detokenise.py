@@ -31,10 +31,11 @@ class TextStream:
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that these tokens make certain; "" while a character is incomplete."""
-        if not tokens:
-            return ""
-        self._window += tokens
-        self._waiting += len(tokens)
+        return "".join(map(self._one, tokens))
+
+    def _one(self, token: int) -> str:
+        self._window.append(token)
+        self._waiting += 1
         text = self._decode(self._window)
         if text.endswith(UNKNOWN) and self._waiting < LONGEST_WAIT:
             return ""

@@ -11,7 +11,7 @@ from coordinator.background import in_background
 from coordinator.config import GGUF_TYPES
 from coordinator.finish import fuse as write
 from coordinator.models import resolve
-from coordinator.stream import Noted, Reader
+from coordinator.stream import Noted, Reader, RunEvent
 from node.errors import UserError
 from node.spec import Fuse, ModelSpec
 
@@ -101,8 +101,23 @@ async def fuse(options: FuseOptions, view: Reader) -> FuseResult:
         fused_model=options.fused_model,
         peft_path=_file(options.export_peft),
     )
-    written = await write(request, options.upload_repo or None, view)
+    written = await write(request, options.upload_repo or None, _Underway(view))
     return FuseResult(written, _next_commands(request))
+
+
+class _Underway:
+    """Passes on what happens on the way; the outcome is the caller's to tell."""
+
+    def __init__(self, view: Reader) -> None:
+        self._view = view
+
+    def handle(self, event: RunEvent) -> None:
+        """See ``stream.Reader``."""
+        if not isinstance(event, Noted):
+            self._view.handle(event)
+
+    def close(self) -> None:
+        """See ``stream.Reader``."""
 
 
 def _file(path: str) -> str:
