@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from node.errors import UserError
 from node.events import ComputeStarted, Event, ReduceEntered, StepDone
 from node.spec import OptimizerSpec, Rows, Share
 from node.worker.loss import Batch, loss_sum, pad
@@ -98,8 +99,12 @@ class Trainer:
         Raises:
             UserError: the state belongs to other trained layers or another optimizer.
         """
+        now = dict(tree_flatten(self._parameters))
+        if set(now) != set(state.parameters) or any(now[name].shape != state.parameters[name].shape for name in now):
+            raise UserError("the saved weights do not fit the layers that are trained here")
         self._optimizer.restore(state.moments)
-        self._parameters = tree_unflatten(list(state.parameters.items()))
+        # In our own order, not the file's: sums over all parameters must round as they did.
+        self._parameters = tree_unflatten([(name, state.parameters[name]) for name in now])
         self._model.update(self._parameters)
         self.step = state.step
         mx.eval(self._parameters, self._optimizer.arrays())
