@@ -40,7 +40,8 @@ def demo(keep: str | None, as_json: bool) -> None:
             raise Interrupted(f"demo stopped{kept}") from None
         seconds = time.monotonic() - began
         if as_json:
-            values = dataclasses.asdict(result) | {"seconds": seconds, "kept": bool(keep)}
+            values = dataclasses.asdict(result) | {"seconds": seconds}
+            values["files"] = result.files if keep else {}
             click.echo(json.dumps(values, indent=1))
             return
         click.echo(f"done in {seconds:.0f} s")
