@@ -62,9 +62,7 @@ class Prompter:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         # Cleaning up would take out spaces that the model wrote.
-        text: str = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def token_id(self, text: str) -> int:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from coordinator.home import home
 from coordinator.stream import Advanced, Reader
 from node import events
-from node.errors import WorkerLost
+from node.errors import WorkerError, WorkerLost
 from node.spec import JobSpec, ModelSpec, Request, Setup
 from node.supervisor import LocalWorker, WorkerLink
 
@@ -41,20 +41,23 @@ async def task_worker(model: ModelSpec | None, reader: Reader | None = None) -> 
     jobs = home() / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="task-", dir=jobs))
-    failed = True
+    done = keep = False
     worker = await LocalWorker.start(folder)
     try:
         if model is not None:
             await worker.send(Setup(JobSpec(job=folder.name, folder=str(folder), model=model)))
             await wait_for(worker, events.Ready, reader)
         yield worker
-        failed = False
+        done = True
+    except WorkerError:
+        # The log of a failure is worth more than a clean folder: the error names it.
+        keep = True
+        raise
     finally:
-        if failed:
+        if not done:
             worker.kill()
         await worker.close()
-        # The log of a failure is worth more than a clean folder: the error names it.
-        if not failed:
+        if not keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -122,5 +122,5 @@ def test_mistakes_are_found_before_anything_is_loaded(
 
 @pytest.mark.parametrize(("split", "batches"), [("dev", 1), ("test", 0), ("test", -2)])
 def test_options_are_checked(split: str, batches: int) -> None:
-    with pytest.raises(UserError, match="--split|--test-batches"):
+    with pytest.raises(UserError, match=r"--split|--test-batches"):
         TestOptions(split=split, test_batches=batches)

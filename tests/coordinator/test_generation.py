@@ -180,7 +180,9 @@ def test_ctrl_c_ends_an_answer_and_then_the_chat_goes_on(folder: Path) -> None:
     process = subprocess.Popen(
         command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     try:
         for message in (b"the quick brown fox\n", b"jumps\n"):
             process.stdin.write(message)
