@@ -68,8 +68,14 @@ def _check_keys(config: TrainConfig, model: ResolvedModel, shape: Architecture) 
     """Compare ``--lora-keys`` with the names of the weights. Loading may rename modules, so doubt is no mistake."""
     if config.lora_keys is None:
         return []
-    stored = {match["module"] for name in weight_shapes(model.path) if (match := _IN_BLOCK.search(name))}
-    known = sorted(stored | {linear.name for linear in shape.block})
+    stored: dict[str, int] = {}
+    for name, (_, size) in weight_shapes(model.path).items():
+        if found := _IN_BLOCK.search(name):
+            stored[found["module"]] = max(len(size), stored.get(found["module"], 0))
+    for key in config.lora_keys:
+        if stored.get(key) == 1:
+            raise UserError(f"--lora-keys: {key} is no linear layer; leave it out")
+    known = sorted({*(name for name, axes in stored.items() if axes > 1), *(linear.name for linear in shape.block)})
     missing = [key for key in config.lora_keys if key not in known]
     parts = {name.rpartition(".")[2] for name in known}
     # Named by its last part only, or by a part that occurs nowhere: no renaming makes a layer of that.
@@ -82,8 +88,7 @@ def _check_keys(config: TrainConfig, model: ResolvedModel, shape: Architecture) 
 
 def _near_key(key: str, known: list[str]) -> str:
     same_end = [name for name in known if name.endswith(f".{key}")]
-    linear = [name for name in known if "norm" not in name]
-    return f"; did you mean {same_end[0]}?" if same_end else nearest(key, linear)
+    return f"; did you mean {same_end[0]}?" if same_end else nearest(key, known)
 
 
 def _check_adapter_file(config: TrainConfig, shape: Architecture) -> None:
