@@ -6,9 +6,7 @@ the step number that is all that exact resume needs, since data order, schedule 
 
 from __future__ import annotations
 
-import json
 import queue
-import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -34,25 +32,9 @@ def save_arrays(path: Path, arrays: Arrays) -> FileRef:
         try:
             mx.save_safetensors(str(partial), arrays, metadata={"format": "mlx"})
         except RuntimeError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
-        # MLX does not look at what the file system answers: a full disk leaves a short file and no error.
-        if partial.stat().st_size != _expected_size(partial):
-            raise OSError(f"cannot write {path}: the disk is full")
+            raise OSError(f"cannot write {path}: {error} Is the disk full?") from error
         size, digest = partial.stat().st_size, sha256_of(partial)
     return FileRef(path.name, digest, size)
-
-
-def _expected_size(path: Path) -> int:
-    """Size of a safetensors file according to its own header; -1 where even that is cut off."""
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        header = file.read(length)
-    if len(head) < 8 or len(header) < length:
-        return -1
-    entries = json.loads(header)
-    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0)
 
 
 def load_copy(folder: Path, request: Restore) -> Published:

@@ -182,9 +182,15 @@ class Trainer:
         if self._spec.max_grad_norm > 0:
             factor = mx.minimum(1.0, self._spec.max_grad_norm / (norm + 1e-6))
             means = {name: g * factor for name, g in means.items()}
-        means = {name: g.astype(parameters[name].dtype) for name, g in means.items()}
+        means = {name: g.astype(_update_type(parameters[name])) for name, g in means.items()}
         updated = self._optimizer.update(self._parameters, tree_unflatten(list(means.items())), learning_rate)
+        updated = tree_map(lambda new, old: new.astype(old.dtype), updated, self._parameters)
         self._parameters = updated
         self._model.update(updated)
         mx.eval(norm, updated, self._optimizer.arrays())
         return norm.item()  # type: ignore[return-value]
+
+
+def _update_type(parameter: mx.array) -> mx.Dtype:
+    """The type to compute an update in. In fp16 Adam's epsilon and small squares are zero, and zero over zero follows."""
+    return mx.float32 if parameter.dtype == mx.float16 else parameter.dtype
