@@ -20,9 +20,17 @@ LORA_KEYS = {"rank": "lora_rank", "scale": "lora_scale", "alpha": "lora_alpha", 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text; people mean a number."""
+    """YAML 1.1 reads 1e-5 as text and 010 as 8; people mean numbers in tens."""
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    try:
+        return int(node.value)
+    except ValueError:
+        return int(loader.construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
@@ -32,6 +40,12 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$")
 # The first resolver that fits wins: whole numbers before the wider pattern of floats.
 for _letter, _resolvers in _Loader.yaml_implicit_resolvers.items():
     _Loader.yaml_implicit_resolvers[_letter] = sorted(_resolvers, key=lambda item: not item[0].endswith(":int"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that the loader would take for something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -55,7 +69,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     known = set(names())
     options: dict[str, Any] = {}
     for key, value in content.items():
-        name = ALIASES.get(str(key), str(key)).replace("-", "_")
+        name = str(key).replace("-", "_")
+        name = ALIASES.get(name, name)
         if name in ACCEPTED:
             continue
         if name not in known:
@@ -71,8 +86,8 @@ def merge(file_options: Mapping[str, Any], flag_options: Mapping[str, Any]) -> T
     Raises:
         UserError: a value that cannot be.
     """
-    flags = {name: value for name, value in flag_options.items() if value is not None}
-    options = {**_spread(file_options), **_spread(flags)}
+    flags = _spread({name: value for name, value in flag_options.items() if value is not None})
+    options = {**_spread(file_options), **flags}
     for given, other in (("lora_alpha", "lora_scale"), ("iters", "epochs"), ("mask", "mask_prompt")):
         for name, twin in ((given, other), (other, given)):
             if name in flags and twin not in flags:
@@ -94,7 +109,7 @@ def write_yaml(config: TrainConfig) -> str:
     for name, value in dataclasses.asdict(config).items():
         if value is not None and value not in ((), {}):
             values[name] = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _spread(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,11 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
         raise UserError(f"--resume: {folder} holds no run; give its folder with --adapter-path, or leave --resume out")
     before = read_yaml(run.config)
     said = {name: value for name, value in given.items() if value is not None}
-    then = merge(before, {})
-    now = merge(before, said)
-    for name in said:
-        value = getattr(now, name, None)
-        if name not in MAY_CHANGE and value != getattr(then, name, None) and not _same_path(value, getattr(then, name)):
+    then, now = _decisive(merge(before, {})), _decisive(merge(before, said))
+    for name, value in now.items():
+        if value != then[name] and not _same_path(value, then[name]):
             raise UserError(
-                f"--resume: {flag(name)} was {getattr(then, name)} in this run and cannot become {value};"
+                f"--resume: {flag(name)} was {then[name]} in this run and cannot become {value};"
                 " start a new run, with --resume-adapter-file to begin from these weights"
             )
     values = {**before, **{name: said[name] for name in said if name in MAY_CHANGE}}
@@ -51,6 +50,14 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
         values.pop("iters", None)
     values["adapter_path"] = str(folder)
     return merge(values, {})
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """What decides what is computed; of options that say the same in two ways, what they come to."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    for name in ("mask_prompt", "lora_alpha", "rslora"):
+        del values[name]
+    return {**values, "mask": config.target_mask, "lora_scale": config.scale}
 
 
 def _same_path(now: Any, then: Any) -> bool:

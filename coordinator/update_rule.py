@@ -60,7 +60,7 @@ def check_schedule(schedule: Mapping[str, Any]) -> None:
         if key not in SCHEDULE_KEYS:
             raise UserError(f"lr_schedule: unknown key {key}{nearest(str(key), SCHEDULE_KEYS)}")
     name = schedule.get("name")
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise UserError(f"lr_schedule: unknown name {name}{nearest(str(name), SCHEDULES)}")
     names, needed = SCHEDULES[name]
     arguments = schedule.get("arguments")
