@@ -154,14 +154,16 @@ def test_limits(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["epochs", "lora_alpha", "lora_scale", "loraplus_ratio"])
 def test_numbers_above_zero(name: str) -> None:
-    TrainConfig(**{name: 0.001})
+    small: dict[str, Any] = {name: 0.001}
+    assert getattr(TrainConfig(**small), name) == 0.001
+    nothing: dict[str, Any] = {name: 0}
     with pytest.raises(UserError, match=f"{flag(name)} must be above 0, not 0"):
-        TrainConfig(**{name: 0})
+        TrainConfig(**nothing)
 
 
 def _wrong(item: dataclasses.Field[Any]) -> list[Any]:
     kind = str(item.type).split(" |")[0].split("[")[0]
-    return {
+    wrong: dict[str, list[Any]] = {
         "str": [5, True, ["a"]],
         "int": ["5", 1.5, True, [1]],
         "float": ["0.1", True, [0.1], float("inf"), float("nan")],
@@ -169,7 +171,8 @@ def _wrong(item: dataclasses.Field[Any]) -> list[Any]:
         "dict": ["a", [1]],
         "tuple": ["a", 5, (5,)],
         "Any": [],
-    }[kind]
+    }
+    return wrong[kind]
 
 
 @pytest.mark.parametrize("item", dataclasses.fields(TrainConfig), ids=lambda item: item.name)
@@ -254,5 +257,5 @@ def test_bad_optimizer_arguments(config: dict[str, Any], says: str) -> None:
 
 def test_optimizer_arguments_of_all_at_once_as_mlx_lm_writes_them() -> None:
     check_arguments({name: {} for name in OPTIMIZERS})
-    check_arguments({name: None for name in OPTIMIZERS})
+    check_arguments(dict.fromkeys(OPTIMIZERS))
     check_arguments({"adafactor": {"beta_1": None}})
