@@ -192,5 +192,5 @@ class Trainer:
 
 
 def _update_type(parameter: mx.array) -> mx.Dtype:
-    """The type to compute an update in. In fp16 Adam's epsilon and small squares are zero, and zero over zero follows."""
+    """The type to compute an update in: in fp16 Adam's epsilon and small squares are zero, and 0 / 0 follows."""
     return mx.float32 if parameter.dtype == mx.float16 else parameter.dtype

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from node.events import ComputeStarted, ReduceEntered
 from node.spec import OptimizerSpec, Rows, Share, TuningSpec
 from node.worker.trainer import Arrays, Published
 from tests.fixtures.models import tiny_model
@@ -156,3 +157,36 @@ def test_restoring_and_going_on_is_bitwise_the_same(model: Path) -> None:
     assert difference(again.weights, there.weights) == 0
     # What was published is a state of its own: the steps after it have not touched it.
     assert difference(state.parameters, there.weights) > 0
+
+
+def test_a_step_without_targets_changes_nothing(model: Path) -> None:
+    run = InProcess(model, NOISY, SGD)
+    before = run.weights
+    done = run.step(as_rows([([5, 6, 7], []), ([8, 9], [])]))
+    assert (done.loss_sum, done.tokens, done.grad_norm) == (0.0, 0, 0.0)
+    assert difference(run.weights, before) == 0
+
+
+def test_what_a_step_reports(model: Path) -> None:
+    run = InProcess(model)
+    rows = [as_rows(BATCHES[0], extra_padding=2), as_rows(BATCHES[1], first_id=8)]
+    done = run.step(*rows)
+    assert done.step == 1
+    assert done.tokens == rows[0].target_tokens + rows[1].target_tokens
+    assert done.padded_tokens == 8 * (rows[0].padded_length + rows[1].padded_length)
+    assert 0 < done.compute_seconds + done.wait_seconds <= done.seconds
+    assert done.peak_memory_bytes > 0
+    assert run.events == [ComputeStarted(1), ReduceEntered(1)]
+
+
+def test_the_cache_is_cleared_above_its_threshold(model: Path) -> None:
+    def cache_after_a_step(threshold: int) -> int:
+        run = InProcess(model)
+        run.trainer._clear_cache_threshold = threshold
+        run.step(as_rows(BATCHES[0]))
+        return mx.get_cache_memory()
+
+    kept = cache_after_a_step(0)
+    assert kept > 0
+    assert cache_after_a_step(1) == 0
+    assert cache_after_a_step(100 * kept) > 0

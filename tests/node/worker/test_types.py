@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 from node.spec import ModelSpec, OptimizerSpec, TuningSpec
 from node.worker import tuning
 from node.worker.optimizer import CLASSES
+from node.worker.trainer import Arrays, alone
 from tests.fixtures.models import tiny_model
-from tests.fixtures.training import InProcess, random_batches
+from tests.fixtures.training import InProcess, as_rows, random_batches
 
 BATCHES = random_batches(2) * 2
 
@@ -53,3 +54,23 @@ def test_every_optimizer_stays_finite(tmp_path: Path, dtype: str, optimizer: str
     assert all(mx.isfinite(array).all() for array in run.weights.values())
     assert max(run.losses) < 8
     assert set(types(run.weights).values()) == {getattr(mx, dtype)}
+
+
+def test_many_micro_batches_are_added_in_fp32(tmp_path: Path) -> None:
+    """In bf16 a sum stops growing once it is 256 times its next summand."""
+    model = tiny_model(tmp_path / "model", "llama", dtype="bfloat16", layers=1)
+    sums: list[dict[str, mx.array]] = []
+
+    def reduce(gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+        sums.append(gradients)
+        return alone(gradients, loss, tokens)
+
+    run = InProcess(model, TuningSpec("full", num_layers=-1), OptimizerSpec(learning_rate=0.0), reduce=reduce)
+    rows = as_rows([([5, 6, 7, 8], 0)])
+    run.step(rows)
+    run.step(*[rows] * 100)
+    once, often = sums
+    for name, gradient in once.items():
+        assert often[name].dtype == mx.float32
+        assert mx.allclose(often[name] / 100, gradient.astype(mx.float32), rtol=1e-4, atol=1e-7), name
+    assert run.done[1].tokens == 100 * run.done[0].tokens
