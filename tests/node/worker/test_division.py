@@ -188,5 +188,5 @@ def test_the_cache_is_cleared_above_its_threshold(model: Path) -> None:
 
     kept = cache_after_a_step(0)
     assert kept > 0
-    assert cache_after_a_step(1) == 0
-    assert cache_after_a_step(100 * kept) > 0
+    assert cache_after_a_step(1) < kept / 4  # what is freed when the step returns comes after
+    assert cache_after_a_step(100 * kept) > kept / 2
