@@ -9,9 +9,18 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_EXPORTS = {"train": "coordinator.api", "TrainConfig": "coordinator.config"}
+_EXPORTS = {
+    "FuseOptions": "coordinator.fusing",
+    "GenerateOptions": "coordinator.generation",
+    "TestOptions": "coordinator.evaluation",
+    "TrainConfig": "coordinator.config",
+    "fuse": "coordinator.api",
+    "generate": "coordinator.api",
+    "test": "coordinator.api",
+    "train": "coordinator.api",
+}
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["FuseOptions", "GenerateOptions", "TestOptions", "TrainConfig", "fuse", "generate", "test", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from coordinator.config import TrainConfig
+from coordinator.evaluation import TestOptions, TestResult
+from coordinator.evaluation import test as _test
+from coordinator.fusing import FuseOptions, FuseResult
+from coordinator.fusing import fuse as _fuse
+from coordinator.generation import Answer, GenerateOptions, answers
 from coordinator.job import RunResult
 from coordinator.job import train as _train
 from coordinator.stream import Reader
@@ -30,6 +35,33 @@ def train(config: TrainConfig, view: Reader | None = None, *, resume: bool = Fal
         TandemError: the run failed.
     """
     return run_to_end(lambda: _train(config, view or Quiet(), resume=resume))
+
+
+def test(options: TestOptions, view: Reader | None = None) -> TestResult:
+    """Loss and perplexity of a data set, with or without an adapter.
+
+    Raises:
+        TandemError: see ``train``.
+    """
+    return run_to_end(lambda: _test(options, view or Quiet()))
+
+
+def generate(options: GenerateOptions, view: Reader | None = None) -> tuple[Answer, ...]:
+    """Answers to prompts, whole; ``coordinator.generation.generate`` streams them.
+
+    Raises:
+        TandemError: see ``train``.
+    """
+    return run_to_end(lambda: answers(options, view or Quiet()))
+
+
+def fuse(options: FuseOptions, view: Reader | None = None) -> FuseResult:
+    """Merge an adapter into its model and export the result.
+
+    Raises:
+        TandemError: see ``train``.
+    """
+    return run_to_end(lambda: _fuse(options, view or Quiet()))
 
 
 def run_to_end(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:

@@ -32,6 +32,7 @@ DEATHS_WITHOUT_PROGRESS = 3
 
 
 _E = TypeVar("_E", bound=events.Event)
+_T = TypeVar("_T")
 
 
 class StopRequested(Exception):
@@ -114,7 +115,7 @@ class Engine:
         self._start = start
         self._checkpoints = checkpoints
         self._reader = reader
-        self._resumed = resumed
+        self._newest = resumed
         self._stop = stop
         self._link: WorkerLink | None = None
         self._receiving: asyncio.Task[events.Event] | None = None
@@ -149,16 +150,33 @@ class Engine:
             TandemError: the run cannot go on.
         """
         self._began = time.monotonic()
-        ready, restored = True, False
+        await self._survive(self._follow, restored=False)
+
+    async def evaluate_at(self, checkpoint: Checkpoint | None, evaluation: Evaluation, task: str) -> tuple[float, int]:
+        """Evaluate after ``run``, with the weights of a checkpoint or, if None, the last ones.
+
+        Raises:
+            StopRequested, TandemError: as ``run``.
+        """
+
+        async def measure() -> tuple[float, int]:
+            if checkpoint is not None:
+                await self._put(self._lay_out(checkpoint))
+            return await self.evaluate(evaluation, task)
+
+        return await self._survive(measure, restored=True)
+
+    async def _survive(self, work: Callable[[], Awaitable[_T]], *, restored: bool) -> _T:
+        """Do this with a worker in the state of the last step, and again with another when that one is lost."""
+        ready = True
         while True:
             try:
                 if not ready:
                     await self.prepare()
-                restored = False
-                await self._restore()
+                if not restored:
+                    await self._restore()
                 ready = restored = True
-                await self._follow()
-                return
+                return await work()
             except StopRequested:
                 if restored:
                     await self._save_and_stop()
@@ -168,7 +186,7 @@ class Engine:
                 if not self._work.steps.shrink():
                     raise
                 self._note("memory", f"{error}; going on with smaller micro-batches", "warning")
-                ready = False
+                ready = restored = False
             except WorkerLost as error:
                 await self.close()
                 self._deaths += 1
@@ -177,7 +195,7 @@ class Engine:
                         f"{error}; it died {self._deaths} times at step {self.progress.step + 1}"
                     ) from error
                 self._note("worker_lost", f"{error}; starting another", "warning", step=self.progress.step)
-                ready = False
+                ready = restored = False
 
     async def evaluate(self, evaluation: Evaluation, task: str) -> tuple[float, int]:
         """Sum of losses and number of target tokens of a data set, added in chunk order."""
@@ -213,8 +231,8 @@ class Engine:
             while self._pending and self._pending[0].kind != "validate" and len(self._in_flight) < STEPS_AHEAD:
                 action = self._pending.popleft()
                 self._in_flight.append(action)
-                request = TrainStep(self._work.steps.share(action.step))
-                await self._send(request if action.kind == "train" else CopyState(action.step))
+                train = action.kind == "train"
+                await self._send(TrainStep(self._work.steps.share(action.step)) if train else CopyState(action.step))
             if self._in_flight:
                 self._take(await self._next())
                 continue
@@ -245,9 +263,11 @@ class Engine:
         if done.step != self.progress.step + 1:
             raise TandemError(f"the worker reported step {done.step} after step {self.progress.step}")
         loss = done.loss_sum / max(done.tokens, 1)
-        if not math.isfinite(loss):
+        # A gradient that is not finite has spoilt the weights already: no checkpoint is taken of them.
+        if not math.isfinite(loss) or not math.isfinite(done.grad_norm):
+            what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient norm became {done.grad_norm}"
             raise TandemError(
-                f"the loss became {loss} at step {done.step}: lower --learning-rate or set --max-grad-norm;"
+                f"the {what} at step {done.step}: lower --learning-rate or set --max-grad-norm;"
                 " the checkpoints before it are good"
             )
         program = self._work.program
@@ -285,31 +305,19 @@ class Engine:
             why = error.strerror or str(error)
             self._note("checkpoint_failed", f"checkpoint of step {copied.step} not written: {why}", "warning")
             return
-        self.saved_step = copied.step
+        self.saved_step, self._newest = copied.step, checkpoint
         self._note("checkpoint", f"saved checkpoint {checkpoint.folder.name}", step=copied.step, removed=removed)
 
     async def _validate(self, step: int) -> None:
-        assert self._work.validation is not None
-        began = time.monotonic()
-        loss_sum, tokens = await self.evaluate(self._work.validation, "validating")
-        loss = loss_sum / max(tokens, 1)
-        best = self.progress.best_loss is None or loss < self.progress.best_loss
-        self.progress = dataclasses.replace(self.progress, validated_step=step)
-        # The loss before any update is a reference, not a result: it neither is the best nor uses up patience.
-        if step > 0:
-            self.progress = dataclasses.replace(
-                self.progress,
-                best_loss=loss if best else self.progress.best_loss,
-                best_step=step if best else self.progress.best_step,
-                stale_validations=0 if best else self.progress.stale_validations + 1,
-            )
-        metrics = {"step": step, "val_loss": loss, "val_tokens": tokens, "seconds": time.monotonic() - began}
-        self._reader.handle(Validated(metrics, best and step > 0))
+        # A worker that dies after the result and before the samples gives no second result.
+        if self.progress.validated_step < step:
+            await self._measure(step)
         for prompt in self._work.samples:
             text = self._work.decode(await self._generate(prompt))
             self._reader.handle(Sampled(step, prompt.text, text))
+        best = step > 0 and self.progress.best_step == step
         follows = len(self._pending) > 1 and self._pending[1] == Action("checkpoint", step)
-        if best and step > 0 and self._work.save_best and not follows:
+        if best and self._work.save_best and not follows:
             await self._send(CopyState(step))
             while not isinstance(event := await self._next(), events.Copied | events.CopyFailed) or not event.requested:
                 self._take(event)
@@ -322,6 +330,24 @@ class Engine:
             count = self.progress.stale_validations
             message = f"stopped: no better validation than step {self.progress.best_step}'s in {count} tries"
             self._note("early_stop", message, step=step)
+
+    async def _measure(self, step: int) -> None:
+        assert self._work.validation is not None
+        began = time.monotonic()
+        loss_sum, tokens = await self.evaluate(self._work.validation, "validating")
+        loss = loss_sum / max(tokens, 1)
+        best = math.isfinite(loss) and (self.progress.best_loss is None or loss < self.progress.best_loss)
+        self.progress = dataclasses.replace(self.progress, validated_step=step)
+        # The loss before any update is a reference, not a result: it neither is the best nor uses up patience.
+        if step > 0:
+            self.progress = dataclasses.replace(
+                self.progress,
+                best_loss=loss if best else self.progress.best_loss,
+                best_step=step if best else self.progress.best_step,
+                stale_validations=0 if best else self.progress.stale_validations + 1,
+            )
+        metrics = {"step": step, "val_loss": loss, "val_tokens": tokens, "seconds": time.monotonic() - began}
+        self._reader.handle(Validated(metrics, best and step > 0))
 
     async def _generate(self, prompt: SamplePrompt) -> list[int]:
         self._chunk += 1
@@ -344,14 +370,18 @@ class Engine:
             if copy.step <= self.progress.step and all((self._folder / r.name).exists() for r in _refs(copy)):
                 source = copy
                 break
-        if source is None and self._resumed is not None:
-            source = self._lay_out(self._resumed)
+        saved = self._newest
+        if saved is not None and (source is None or source.step < saved.progress.step):
+            source = self._lay_out(saved)
         if source is not None:
-            await self._send(Restore(source.step, source.weights, source.optimizer))
-            await self._expect(events.Restored)
+            await self._put(source)
         restored = source.step if source is not None else 0
         await self._replay(restored + 1)
         self._put_back(lost)
+
+    async def _put(self, copy: _Copy) -> None:
+        await self._send(Restore(copy.step, copy.weights, copy.optimizer))
+        await self._expect(events.Restored)
 
     async def _replay(self, first: int) -> None:
         """Compute again what was applied after the restored state; it stands in the metrics already."""
@@ -424,7 +454,11 @@ class Engine:
 
     async def _send(self, request: Setup | Restore | TrainStep | Evaluate | CopyState | Generate) -> None:
         assert self._link is not None
-        await self._link.send(request)
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                await self._link.send(request)
+        except TimeoutError as error:
+            raise WorkerLost(f"the worker took nothing in for {SILENCE_SECONDS:.0f} s") from error
 
     async def _next(self) -> events.Event:
         """The next event that is no sign of life only.

@@ -312,13 +312,11 @@ class _Job:
                 f"training reached step {progress.step}, but the last checkpoint that could be written to"
                 f" {self.folder.path} is of step {engine.saved_step}; make room on the disk and go on with --resume"
             )
-        if engine.stopped_early and progress.best_step:
-            best = self.program.last_iter(progress.best_step)
-            Checkpoints(self.folder, None).publish(self.folder.checkpoints / f"{best:07d}")
+        best = self._publish_best(engine)
         test_loss = None
         if "test" in data:
             evaluation = Evaluation(data["test"], self.config.batch_size, self.config.test_batches)
-            loss_sum, tokens = await engine.evaluate(evaluation, "testing")
+            loss_sum, tokens = await engine.evaluate_at(best, evaluation, "testing")
             test_loss = loss_sum / max(tokens, 1)
             self.reader.handle(Tested(test_loss, tokens))
         await engine.close()
@@ -339,6 +337,17 @@ class _Job:
         self._close_books(status, lines)
         self.reader.handle(RunFinished(status, lines, next_commands(self.config, self.config.model, status, written)))
         return result
+
+    def _publish_best(self, engine: Engine) -> Checkpoint | None:
+        """After an early stop the best checkpoint is the result, if it could be written; None: the last step is."""
+        if not engine.stopped_early:
+            return None
+        checkpoints = Checkpoints(self.folder, None)
+        for checkpoint in checkpoints.newest_first():
+            if checkpoint.progress.step == engine.progress.best_step:
+                checkpoints.publish(checkpoint.folder)
+                return checkpoint
+        return None
 
     def _finish_failed(self, engine: Engine, error: TandemError) -> None:
         self.reader.handle(Noted("failed", str(error), "error"))

@@ -50,10 +50,11 @@ class Printer:
             click.echo(json.dumps(asdict(answer)))
             return
         self._text("\n")
-        self.note(
-            f"[{answer.tokens:,} tokens, {answer.tokens_per_second:,.1f} per second; prompt {answer.prompt_tokens:,},"
-            f" {answer.prompt_tokens_per_second:,.1f} per second; {_ENDED[answer.finish_reason]}]"
-        )
+        figures = [f"{answer.tokens:,} tokens"]
+        if answer.finish_reason != "interrupted":
+            figures[0] += f", {answer.tokens_per_second:,.1f} per second"
+            figures.append(f"prompt {answer.prompt_tokens:,}, {answer.prompt_tokens_per_second:,.1f} per second")
+        self.note(f"[{'; '.join([*figures, _ENDED[answer.finish_reason]])}]")
 
     def _text(self, text: str) -> None:
         if text and not self._as_json:

@@ -19,9 +19,10 @@ PROGRAMS: dict[str, click.Group] = {"coordinator": coordinator, "node": node, "t
 
 def commands() -> list[str]:
     """The lines in code blocks that call one of our programs."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    # Blocks open with or without a language; only those without hold commands.
+    blocks = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S) if not language]
     lines = [line.removeprefix("deploy/run ") for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.split()[0] in PROGRAMS]
+    return [line for line in lines if line.split(" ")[0] in PROGRAMS]
 
 
 @pytest.mark.parametrize("line", commands())

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordinator.api import run_to_end, train
+from coordinator.api import fuse, generate, test, train
 from coordinator.config import TrainConfig
 from coordinator.demo.data import Fact, Split, conversations, documents, split_facts, write_rows
 from coordinator.demo.follow import Follower, Say
 from coordinator.demo.model import Shape, write_model
 from coordinator.demo.tokenizer import write_tokenizer
-from coordinator.evaluation import TestOptions, TestResult, test
-from coordinator.fusing import FuseOptions, fuse
-from coordinator.generation import GenerateOptions, Piece, generate
+from coordinator.evaluation import TestOptions, TestResult
+from coordinator.fusing import FuseOptions
+from coordinator.generation import GenerateOptions
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Story:
     def ask_before(self) -> None:
         """What the model answers when nobody has shown it what a question is."""
         options = TestOptions(model=str(self._at("base_model")), data=str(self._at("questions")), mask_prompt=True)
-        self._tell_test(run_to_end(lambda: test(options, Follower(self._say))))
+        self._tell_test(test(options, Follower(self._say)))
         self._before = self._answers("base_model")
         self.result.right_before = self._right(self._before)
         for (question, _), answer in self._shown(self._before):
@@ -198,7 +198,7 @@ class _Story:
         gguf = next(path for path in written if path.endswith(".gguf"))
         self.result.files |= {"base": str(self._at("base_model")), "fused": str(self._at("fused_model")), "gguf": gguf}
         size = Path(gguf).stat().st_size
-        self._line(f"fused_model: opens in mlx_lm; {Path(gguf).name}: {size / 1e6:.1f} MB, opens in llama.cpp")
+        self._line(f"fused_model: for mlx_lm; {Path(gguf).name}: {size / 1e6:.1f} MB, for llama.cpp and Ollama")
 
     def ask_after(self) -> None:
         """The same questions to the fused model, and how many it gets exactly right."""
@@ -227,8 +227,7 @@ class _Story:
         """Greedy answers of a model to every held-out question."""
         prompts = tuple(question for question, _ in self._questions)
         options = GenerateOptions(model=str(self._at(model)), prompts=prompts, max_tokens=24)
-        pieces = run_to_end(lambda: _collect(generate(options, Follower(self._say))))
-        return [" ".join(piece.answer.text.split()) for piece in pieces if piece.answer is not None]
+        return [" ".join(answer.text.split()) for answer in generate(options, Follower(self._say))]
 
     def _right(self, answers: list[str]) -> int:
         return sum(answer == expected for (_, expected), answer in zip(self._questions, answers, strict=True))
@@ -241,7 +240,7 @@ class _Story:
 
     def _fuse(self, adapter: str, target: str, *, gguf: bool) -> tuple[str, ...]:
         options = FuseOptions(adapter_path=str(self._at(adapter)), save_path=str(self._at(target)), export_gguf=gguf)
-        return run_to_end(lambda: fuse(options, Follower(self._say))).written
+        return fuse(options, Follower(self._say)).written
 
     def _at(self, name: str) -> Path:
         return self.folder / name
@@ -258,10 +257,6 @@ def _cosine(rate: float, steps: int) -> dict[str, Any]:
     warmup = steps // 4
     schedule = {"name": "cosine_decay", "arguments": [rate, max(1, steps - warmup)]}
     return {"iters": steps, "warmup": warmup, "lr_schedule": schedule, "save_every": steps}
-
-
-async def _collect(pieces: AsyncIterator[Piece]) -> list[Piece]:
-    return [piece async for piece in pieces]
 
 
 @contextlib.contextmanager

@@ -79,6 +79,7 @@ def test_a_pasted_mlx_lm_command_line_works(made: Path, here: Path, capsys: pyte
     ("arguments", "words"),
     [
         (["--model", "{made}/wide"], "does not belong to this model"),
+        (["--model", "{made}/wide", "--export-peft", "peft"], "does not belong to this model"),
         (["--adapter-path", "elsewhere"], "--adapter-path elsewhere: no such folder"),
         (["--adapter-path", "{made}/model"], "a whole model, not an adapter"),
         (["--model", "{made}"], "no config.json"),
