@@ -66,6 +66,7 @@ class LocalWorker:
         self._log = log
         self._generation = 0
         self._closed = False
+        self._killed = False
 
     @classmethod
     async def start(cls, folder: Path) -> LocalWorker:
@@ -139,7 +140,9 @@ class LocalWorker:
 
     def kill(self) -> None:
         """End the process at once."""
-        if self._process.returncode is None:
+        # A second time would reap the process before asyncio does, which then complains on stderr.
+        if self._process.returncode is None and not self._killed:
+            self._killed = True
             self._process.kill()
 
     async def _lost(self) -> WorkerLost:

@@ -116,6 +116,8 @@ def _check(model: ModelSpec, request: Fuse, target: Path) -> None:
             raise UserError(f"--gguf-path {target / request.gguf_path} is a folder; name a file")
     if request.peft_path:
         check_peft(Path(model.adapter_path), config)
+        # The adapter is written without the model: whether it belongs to it must be found out here.
+        tuning.load(model, lazy=True)
     _check_space(model, request, target)
 
 
