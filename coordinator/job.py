@@ -333,7 +333,8 @@ class _Job:
             replayed_steps=engine.replayed_steps,
             written=written,
         )
-        lines = summary(self.folder, engine.progress, test_loss, engine.replayed_steps, written)
+        published = progress if best is None else dataclasses.replace(progress, step=best.progress.step)
+        lines = summary(self.folder, published, test_loss, engine.replayed_steps, written)
         self._close_books(status, lines)
         self.reader.handle(RunFinished(status, lines, next_commands(self.config, self.config.model, status, written)))
         return result
