@@ -103,8 +103,7 @@ class Trainer:
         if set(now) != set(state.parameters) or any(now[name].shape != state.parameters[name].shape for name in now):
             raise UserError("the saved weights do not fit the layers that are trained here")
         self._optimizer.restore(state.moments)
-        # In our own order, not the file's: sums over all parameters must round as they did.
-        self._parameters = tree_unflatten([(name, state.parameters[name]) for name in now])
+        self._parameters = tree_unflatten(list(state.parameters.items()))
         self._model.update(self._parameters)
         self.step = state.step
         mx.eval(self._parameters, self._optimizer.arrays())
@@ -152,7 +151,9 @@ class Trainer:
         self._model.update(self._parameters)
         if gradients is None:
             gradients = tree_map(mx.zeros_like, self._parameters)
-        return dict(tree_flatten(gradients)), loss, sum(rows.target_tokens for rows in share.micro_batches)
+        # By name: a tree's order depends on its history, and sums over all of it must round alike on every rank.
+        named = dict(sorted(tree_flatten(gradients), key=lambda item: item[0]))
+        return named, loss, sum(rows.target_tokens for rows in share.micro_batches)
 
     def _micro_batch(self, step: int, rows: Rows) -> tuple[mx.array, Any]:
         batch = pad(rows)

@@ -12,7 +12,7 @@ import pytest
 
 from node.events import ComputeStarted, ReduceEntered
 from node.spec import OptimizerSpec, Rows, Share, TuningSpec
-from node.worker.trainer import Arrays, Published
+from node.worker.trainer import Arrays, Published, alone
 from tests.fixtures.models import tiny_model
 from tests.fixtures.training import InProcess, as_rows, difference, random_batches
 
@@ -108,6 +108,21 @@ def test_a_rank_without_rows_applies_the_same_step(model: Path) -> None:
         ranks.step([], [as_rows(batch)])
     for rank in ranks.ranks:
         assert_equal(rank, whole)
+
+
+def test_sums_come_in_the_order_of_their_names(model: Path) -> None:
+    """Ranks with different histories must agree on it: a merge of trees, as LoRA+ makes, orders them at random."""
+    orders: list[list[str]] = []
+
+    def reduce(gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+        orders.append(list(gradients))
+        return alone(gradients, loss, tokens)
+
+    run = InProcess(model, NOISY, replace(ADAM, loraplus_ratio=4.0), reduce=reduce).run(BATCHES[:2])
+    run.trainer.restore(replace(run.trainer.published(), parameters=dict(reversed(run.weights.items()))))
+    run.run(BATCHES[2:3])
+    run.step()
+    assert orders == [sorted(run.weights)] * 4
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
