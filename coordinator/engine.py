@@ -476,6 +476,8 @@ class Engine:
 
     async def _receive(self) -> events.Event:
         assert self._link is not None
+        if self._stop.is_set():  # however fast events come in
+            raise StopRequested
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._link.receive())
         stopping = asyncio.create_task(self._stop.wait())
