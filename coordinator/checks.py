@@ -14,6 +14,12 @@ from coordinator.update_rule import nearest
 from coordinator.weight_files import read_header, weight_shapes
 from node.errors import UserError
 
+# Model types that the worker's GGUF writer knows; a test compares them. It imports MLX, this side does not.
+GGUF_MODEL_TYPES = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "gemma", "gemma2", "gemma3_text", "gemma3", "phi", "phi3",
+)  # fmt: skip
+
 # The path of a module inside its block, in the name of one of its tensors.
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<block>\d+)\.(?P<module>.+)\.[^.]+$")
 
@@ -52,6 +58,10 @@ def check_model(config: TrainConfig, model: ResolvedModel, *, resume: bool) -> l
     Raises:
         UserError: with the option's name and how to mend it.
     """
+    kind = model.config.get("model_type")
+    if config.export_gguf and kind not in GGUF_MODEL_TYPES:
+        known = ", ".join(GGUF_MODEL_TYPES)
+        raise UserError(f"--export-gguf: cannot write model type {kind!r}; leave it out (supported: {known})")
     if config.fine_tune_type == "full":
         return []
     shape = architecture(model.config)

@@ -34,13 +34,19 @@ async def fuse_result(
         model=ModelSpec(str(model), str(folder.path), config.trust_remote_code),
         save_path=config.save_path,
         dequantize=config.dequantize,
-        gguf_path=config.gguf_path if config.export_gguf else "",
+        gguf_path=_gguf_name(config) if config.export_gguf else "",
         gguf_type=config.gguf_type,
         source=config.hf_path or name,
         fused_model=bool(config.fuse or config.upload_repo),
         peft_path=config.export_peft or "",
     )
     return await fuse(request, config.upload_repo, reader)
+
+
+def _gguf_name(config: TrainConfig) -> str:
+    """The name that was given; the default one says what is in the file."""
+    unsaid = config.gguf_path == TrainConfig.gguf_path
+    return f"ggml-model-{config.gguf_type}.gguf" if unsaid else config.gguf_path
 
 
 async def fuse(request: Fuse, upload_repo: str | None, reader: Reader) -> tuple[str, ...]:

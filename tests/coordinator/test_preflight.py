@@ -119,7 +119,7 @@ def test_a_full_disk_is_noticed(model: ResolvedModel, tmp_path: Path) -> None:
     check_disk(tmp_path / "not" / "there", 0)
     with pytest.raises(UserError, match=r"the disk has .* free, this run writes about"):
         check_disk(tmp_path / "not" / "there", free)
-    config = TrainConfig(model="tiny", adapter_path=str(tmp_path / "a"), iters=10**10, save_every=1)
+    config = TrainConfig(model="tiny", adapter_path=str(tmp_path / "a"), iters=2 * 10**9, save_every=1)
     with pytest.raises(UserError, match="--keep-last 2"):
         check_before_loading(config, model, machine(4000))
     assert check_before_loading(replace(config, keep_last=2), model, machine(4000)) == []

@@ -330,6 +330,12 @@ def test_full_fine_tuning_of_a_quantized_model(refused_training: Refused, inputs
     assert "a quantized model cannot be trained in full; use lora or dora" in line
 
 
+def test_a_model_that_cannot_be_exported(refused_training: Refused, here: Path) -> None:
+    model = tiny_model(here / "model", "minicpm")
+    line = refused_training("--model", model, "--fuse", "--export-gguf")
+    assert "--export-gguf: cannot write model type 'minicpm'; leave it out" in line
+
+
 def test_an_adapter_path_that_is_a_file(refused_training: Refused, here: Path) -> None:
     (here / "adapters").write_text("mine")
     assert "adapters is a file; choose another" in refused_training()

@@ -1,4 +1,4 @@
-"""The coordinator's tables of schedules and optimizer arguments, against ``mlx.optimizers`` itself."""
+"""The coordinator's tables of what the worker knows, against the worker's own and ``mlx.optimizers``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
 
+from coordinator.checks import GGUF_MODEL_TYPES
 from coordinator.update_rule import ARGUMENTS, SCHEDULES, check_arguments, check_schedule
 from node.spec import OptimizerSpec
+from node.worker.gguf import SUPPORTED
 from node.worker.optimizer import CLASSES, Optimizer, learning_rates
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -75,3 +77,7 @@ def test_what_passes_the_check_gives_learning_rates(name: str, warmup: int | Non
     rates = learning_rates(OptimizerSpec(schedule=schedule))
     assert rates(1) == pytest.approx(0.0 if warmup else 1e-3)
     assert rates(20) < 1e-3
+
+
+def test_the_models_that_can_be_exported() -> None:
+    assert set(GGUF_MODEL_TYPES) == set(SUPPORTED)
