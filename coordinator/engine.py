@@ -128,6 +128,7 @@ class Engine:
         self.progress = resumed.progress if resumed else Progress(0, 0, data_digest=work.data_digest)
         self.saved_step = self.progress.step
         self.replayed_steps = 0
+        self._restarted = False
         self.stopped_early = False
         self._seconds_before = self.progress.seconds
         self._pending.extend(work.program.actions(self.progress.step, self.progress.validated_step))
@@ -186,7 +187,7 @@ class Engine:
                 if not self._work.steps.shrink():
                     raise
                 self._note("memory", f"{error}; going on with smaller micro-batches", "warning")
-                ready = restored = False
+                ready, restored, self._restarted = False, False, True
             except WorkerLost as error:
                 await self.close()
                 self._deaths += 1
@@ -195,7 +196,7 @@ class Engine:
                         f"{error}; it died {self._deaths} times at step {self.progress.step + 1}"
                     ) from error
                 self._note("worker_lost", f"{error}; starting another", "warning", step=self.progress.step)
-                ready = restored = False
+                ready, restored, self._restarted = False, False, True
 
     async def evaluate(self, evaluation: Evaluation, task: str) -> tuple[float, int]:
         """Sum of losses and number of target tokens of a data set, added in chunk order."""
@@ -376,7 +377,8 @@ class Engine:
         if source is not None:
             await self._put(source)
         restored = source.step if source is not None else 0
-        await self._replay(restored + 1)
+        if self._restarted:
+            await self._replay(restored + 1)
         self._put_back(lost)
 
     async def _put(self, copy: _Copy) -> None:
@@ -386,8 +388,6 @@ class Engine:
     async def _replay(self, first: int) -> None:
         """Compute again what was applied after the restored state; it stands in the metrics already."""
         last = self.progress.step
-        if first > last:
-            return
         count = last - first + 1
         self.replayed_steps += count
         began = time.monotonic()
@@ -402,7 +402,9 @@ class Engine:
             else:
                 self._take(event)
         seconds = time.monotonic() - began
-        message = f"went on from step {first - 1}; {count} steps computed again in {seconds:.1f} s"
+        message = f"went on from step {first - 1}"
+        if count:
+            message += f"; {count} steps computed again in {seconds:.1f} s"
         self._note("restarted", message, replayed_steps=count, step=last)
 
     def _put_back(self, lost: list[Action]) -> None:

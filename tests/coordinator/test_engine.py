@@ -346,8 +346,8 @@ def test_a_worker_that_dies_in_a_step(step: int, tmp_path: Path) -> None:
     assert engine.saved_step == 12
     assert 12 in bench.saved
     assert engine.replayed_steps < COPY_EVERY
-    replayed = sum(note.details["replayed_steps"] for note in bench.told.notes("restarted"))
-    assert replayed == engine.replayed_steps
+    (restarted,) = bench.told.notes("restarted")
+    assert restarted.details == {"replayed_steps": engine.replayed_steps, "step": step - 1}
     (lost,) = bench.told.notes("worker_lost")
     assert "SIGKILL; starting another" in lost.message
 
