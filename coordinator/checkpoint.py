@@ -1,7 +1,7 @@
 """Checkpoints: the adapter in ``mlx_lm``'s own form, and beside it what exact resume needs.
 
 A checkpoint is a folder ``checkpoints/0000100`` that appears in one step. It holds the optimizer's state, the weights
-(one file on disk, also named ``0000100_adapters.safetensors``) and ``checkpoint.json`` with their checksums.
+and ``checkpoint.json`` with their checksums.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from coordinator.runfolder import RunFolder
 from node.events import Copied
-from node.files import sha256_of, sync_folder, write_text_atomically
+from node.files import replacing, sha256_of, sync_file, sync_folder, write_text_atomically
 from node.spec import FileRef
 
 VERSION = 1
@@ -83,6 +83,12 @@ def link_or_copy(source: Path, target: Path) -> None:
     partial.replace(target)
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file; the target is replaced in one step."""
+    with replacing(target) as partial:
+        shutil.copyfile(source, partial)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -110,7 +116,9 @@ class Checkpoints:
         name = f"{progress.iteration:07d}"
         target = self._folder.checkpoints / name
         partial = self._folder.checkpoints / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        replaced = self._folder.checkpoints / f".{name}.old"
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         weights = dataclasses.replace(copied.weights, name=WEIGHTS)
         optimizer = dataclasses.replace(copied.optimizer, name=OPTIMIZER)
@@ -125,11 +133,17 @@ class Checkpoints:
         }
         write_text_atomically(partial / DESCRIPTION, json.dumps(description, indent=1) + "\n")
         sync_folder(partial)
+        # A power loss must not leave a checkpoint whose steps are missing in the metrics.
+        sync_file(self._folder.metrics)
         if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+            target.rename(replaced)
+            partial.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(target)
         sync_folder(self._folder.checkpoints)
-        link_or_copy(target / WEIGHTS, self._folder.path / f"{name}_adapters.safetensors")
+        # Copies, not further names of our file: other programs write to theirs in place.
+        copy_whole(target / WEIGHTS, self._folder.path / f"{name}_adapters.safetensors")
         self.publish(target)
         for ref in (copied.weights, copied.optimizer):
             (copies / ref.name).unlink(missing_ok=True)
@@ -137,8 +151,7 @@ class Checkpoints:
 
     def publish(self, checkpoint: Path) -> None:
         """Make a checkpoint's weights the run's ``adapters.safetensors``."""
-        link_or_copy(checkpoint / WEIGHTS, self._folder.path / "adapters.safetensors")
-        sync_folder(self._folder.path)
+        copy_whole(checkpoint / WEIGHTS, self._folder.path / "adapters.safetensors")
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """All checkpoints with a readable description."""
@@ -158,6 +171,11 @@ class Checkpoints:
             )
         return None
 
+    def sweep(self) -> None:
+        """Remove what saving and pruning left half done when they were cut off."""
+        for leftover in self._folder.checkpoints.glob(".*"):
+            shutil.rmtree(leftover)
+
     def prune(self, best_step: int | None) -> list[str]:
         """Remove checkpoints that need not be kept.
 
@@ -171,7 +189,9 @@ class Checkpoints:
             if kept or best or age == 0:
                 continue
             name = checkpoint.folder.name
-            shutil.rmtree(checkpoint.folder)
+            aside = checkpoint.folder.with_name(f".{name}.old")
+            checkpoint.folder.rename(aside)
+            shutil.rmtree(aside)
             (self._folder.path / f"{name}_adapters.safetensors").unlink(missing_ok=True)
             removed.append(name)
         return removed

@@ -27,6 +27,7 @@ from node.supervisor import WorkerLink
 
 STEPS_AHEAD = 4
 SILENCE_SECONDS = 60.0
+SECOND_LOOK_SECONDS = 2.0
 # So many worker deaths without a new step in between end the run: something is wrong that restarting does not mend.
 DEATHS_WITHOUT_PROGRESS = 3
 
@@ -186,6 +187,8 @@ class Engine:
                 await self.close()
                 if not self._work.steps.shrink():
                     raise
+                if self._work.validation is not None:
+                    self._work.validation.limit_tokens(self._work.steps.token_limit)
                 self._note("memory", f"{error}; going on with smaller micro-batches", "warning")
                 ready, restored, self._restarted = False, False, True
             except WorkerLost as error:
@@ -212,6 +215,8 @@ class Engine:
             if isinstance(event, events.EvalDone) and event.chunk >= first:
                 sums[event.chunk] = (event.loss_sum, event.tokens)
                 self._reader.handle(Advanced(task, len(sums), len(evaluation)))
+            else:
+                self._take(event)
         ordered = [sums[chunk] for chunk in sorted(sums)]
         return math.fsum(loss for loss, _ in ordered), sum(tokens for _, tokens in ordered)
 
@@ -223,6 +228,8 @@ class Engine:
             self._receiving = None
         if self._link is not None:
             link, self._link = self._link, None
+            # What has not begun is not wanted any more.
+            link.cancel()
             await link.close()
 
     # --- following the program ------------------------------------------------------------------------------------
@@ -360,12 +367,15 @@ class Engine:
                 tokens += event.tokens.tolist()
                 if event.finished:
                     return tokens
+            else:
+                self._take(event)
 
     # --- losing and restoring -------------------------------------------------------------------------------------
 
     async def _restore(self) -> None:
         """Bring a fresh worker to the last applied step, from the newest state that can be read."""
-        lost, self._in_flight = self._in_flight, []
+        # Before anything is awaited: this worker may be lost too, and what was asked for must not be forgotten.
+        self._put_back()
         source: _Copy | None = None
         for copy in sorted(self._copies, key=lambda item: item.step, reverse=True):
             if copy.step <= self.progress.step and all((self._folder / r.name).exists() for r in _refs(copy)):
@@ -379,7 +389,6 @@ class Engine:
         restored = source.step if source is not None else 0
         if self._restarted:
             await self._replay(restored + 1)
-        self._put_back(lost)
 
     async def _put(self, copy: _Copy) -> None:
         await self._send(Restore(copy.step, copy.weights, copy.optimizer))
@@ -407,8 +416,9 @@ class Engine:
             message += f"; {count} steps computed again in {seconds:.1f} s"
         self._note("restarted", message, replayed_steps=count, step=last)
 
-    def _put_back(self, lost: list[Action]) -> None:
+    def _put_back(self) -> None:
         """Ask again for what was in flight; a checkpoint whose step has passed is taken of the present step."""
+        lost, self._in_flight = self._in_flight, []
         again = [action for action in lost if action.kind == "train" and action.step > self.progress.step]
         missed = [action for action in lost if action.kind == "checkpoint" and action.step <= self.progress.step]
         later = [action for action in lost if action.kind == "checkpoint" and action.step > self.progress.step]
@@ -483,9 +493,13 @@ class Engine:
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._link.receive())
         stopping = asyncio.create_task(self._stop.wait())
-        done, _ = await asyncio.wait(
-            {self._receiving, stopping}, timeout=SILENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED
-        )
+        # The second look is for a program that was itself suspended: its timer ends before it reads what has come.
+        for seconds in (SILENCE_SECONDS, SECOND_LOOK_SECONDS):
+            done, _ = await asyncio.wait(
+                {self._receiving, stopping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if done:
+                break
         stopping.cancel()
         if self._receiving in done:
             task, self._receiving = self._receiving, None

@@ -9,6 +9,7 @@ previous/ID/                   the files of older runs
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -108,8 +109,8 @@ class RunFolder:
     def unlock(self) -> None:
         """Let others in."""
         if self._lock is not None:
+            # The file stays: whoever opened it meanwhile would else hold a lock that nobody sees.
             self._lock.close()
-            (self.path / ".lock").unlink(missing_ok=True)
             self._lock = None
 
     def run_id(self) -> str | None:
@@ -212,7 +213,10 @@ class Recorder:
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(handle, line)
+                written = os.write(handle, line)
+                if written < len(line):
+                    os.ftruncate(handle, os.fstat(handle).st_size - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(handle)
         except OSError as error:

@@ -63,9 +63,10 @@ class Evaluation:
     def __init__(self, tokens: TokenSet, batch_size: int, limit: int) -> None:
         self._tokens = tokens
         self._plan = sequential_batches(tokens.lengths, batch_size, limit)
+        self._chunks = list(self._plan.batches)
 
     def __len__(self) -> int:
-        return len(self._plan.batches)
+        return len(self._chunks)
 
     @property
     def rows(self) -> int:
@@ -74,4 +75,14 @@ class Evaluation:
 
     def chunk(self, index: int) -> Rows:
         """The rows of one chunk."""
-        return gather(self._tokens, self._plan.batches[index])
+        return gather(self._tokens, self._chunks[index])
+
+    def limit_tokens(self, token_limit: int | None) -> None:
+        """Cut chunks so that none has more input positions than this; single rows stay whole."""
+        if token_limit is None:
+            return
+        self._chunks = []
+        for batch in self._plan.batches:
+            # Rows of a batch are sorted by length: the last is the longest.
+            rows = max(1, token_limit // max(1, int(self._tokens.lengths[batch[-1]])))
+            self._chunks += [batch[start : start + rows] for start in range(0, len(batch), rows)]

@@ -71,13 +71,15 @@ def test_a_checkpoint_is_found_again(folder: RunFolder, copies: Path) -> None:
     assert (found.folder / "optimizer.safetensors").read_text() == "moments of step 5 "
 
 
-def test_weights_stand_where_mlx_lm_looks_and_take_no_second_place(folder: RunFolder, copies: Path) -> None:
+def test_weights_stand_where_mlx_lm_looks_and_may_be_overwritten_there(folder: RunFolder, copies: Path) -> None:
     checkpoints = Checkpoints(folder, None)
     save(checkpoints, copies, 1)
     saved = save(checkpoints, copies, 2)
     assert (folder.path / "0000002_adapters.safetensors").read_text() == "weights of step 1 "
     assert (folder.path / "0000004_adapters.safetensors").read_text() == "weights of step 2 "
-    assert (folder.path / "adapters.safetensors").samefile(saved.folder / "weights.safetensors")
+    for name in ("adapters.safetensors", "0000004_adapters.safetensors"):
+        (folder.path / name).write_text("another program writes in place")
+    assert saved.intact()
     assert not any(copies.iterdir()), "the worker's copies are not needed twice"
 
 
@@ -274,3 +276,13 @@ def test_publishing_another_checkpoint(folder: RunFolder, copies: Path) -> None:
     checkpoints.publish(first.folder)
     assert (folder.path / "adapters.safetensors").read_text() == "weights of step 1 "
     assert (folder.path / "0000004_adapters.safetensors").read_text() == "weights of step 2 "
+
+
+def test_what_was_cut_off_is_swept_away(folder: RunFolder, copies: Path) -> None:
+    checkpoints = Checkpoints(folder, None)
+    save(checkpoints, copies, 1)
+    for name in (".0000004.partial", ".0000002.old"):
+        (folder.checkpoints / name).mkdir()
+        (folder.checkpoints / name / "weights.safetensors").write_text("half")
+    checkpoints.sweep()
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["0000002"]

@@ -139,6 +139,7 @@ class Steps:
 
     def __init__(self, shrinks: int = 0) -> None:
         self.shrinks = shrinks
+        self.token_limit: int | None = None
 
     def share(self, step: int) -> Share:
         return Share(step, ())
@@ -154,8 +155,14 @@ class Chunks:
     def __len__(self) -> int:
         return 2
 
+    def __init__(self) -> None:
+        self.limits: list[int | None] = []
+
     def chunk(self, index: int) -> Rows:
         return NO_ROWS
+
+    def limit_tokens(self, limit: int | None) -> None:
+        self.limits.append(limit)
 
 
 class Told:
@@ -374,6 +381,33 @@ def test_the_newest_state_is_restored_wherever_it_is(tmp_path: Path) -> None:
     assert bench.engine.replayed_steps == 0
 
 
+@pytest.mark.parametrize(
+    "second", [asks(Restore, 0), trains(5), trains(6)], ids=["restore", "replay", "the step again"]
+)
+def test_a_second_death_during_recovery(second: Callable[[FakeWorker, Request], bool], tmp_path: Path) -> None:
+    first = once(trains(7), LOST)
+    again = once(lambda worker, request: len(bench.workers) == 2 and second(worker, request), LOST)
+
+    def script(worker: FakeWorker, request: Request) -> Answer | bool:
+        said = first(worker, request)
+        return again(worker, request) if said is True else said
+
+    bench = Bench(tmp_path, script=script, program={"save_every": 9, "steps_per_eval": 12})
+    bench.go()
+    assert len(bench.workers) == 3
+    assert bench.told.steps == CURVE
+    assert bench.saved == [9, 12]
+
+
+def test_copies_that_arrive_during_a_validation_count(tmp_path: Path) -> None:
+    prompt = SamplePrompt("Why?", np.zeros(1, np.int32), (0,), 5)
+    intervals = {"total_iters": 12, "save_every": 100, "steps_per_eval": COPY_EVERY}
+    bench = Bench(tmp_path, script=once(trains(11), LOST), program=intervals, samples=(prompt,))
+    bench.go()
+    assert "Restore 8" in bench.requests
+    assert bench.engine.replayed_steps == 2
+
+
 def test_three_deaths_without_a_new_step_end_the_run(tmp_path: Path) -> None:
     bench = Bench(tmp_path, script=times(9, trains(7), LOST))
     with pytest.raises(WorkerLost, match="SIGKILL; it died 3 times at step 7"):
@@ -437,6 +471,7 @@ def test_too_little_memory_leads_to_smaller_micro_batches_and_the_same_program(t
     assert bench.told.steps == CURVE
     assert bench.steps.shrinks == 0
     assert len(bench.told.notes("memory")) == 2
+    assert len(bench.work.validation.limits) == 2, "validations shrink too"
 
 
 def test_too_little_memory_for_single_rows_ends_the_run(tmp_path: Path) -> None:
