@@ -159,7 +159,7 @@ class Worker:
     def _copy(self, trainer: Trainer, job: JobSpec, *, requested: bool) -> None:
         """Hand the state to the copier; in full fine-tuning wait for it, lest old arrays double the memory."""
         assert self._copier is not None
-        self._copier.copy(trainer.published(), requested=requested)
+        self._copier.copy(trainer.published(), requested=requested, generation=self._inbox.begun)
         if job.tuning is not None and job.tuning.fine_tune_type == "full":
             self._copier.wait()
 
@@ -174,7 +174,7 @@ class Worker:
     def _beat(self) -> None:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             step = self._trainer.step if self._trainer is not None else 0
-            self._inbox.send(Heartbeat(self._phase, step, mx.get_active_memory()))
+            self._inbox.send(Heartbeat(self._phase, step, mx.get_active_memory()), self._inbox.newest)
 
 
 def _adapter_size(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from node.errors import TandemError, UserError
+from node.errors import UserError
 from node.events import Copied, CopyFailed, Event
 from node.files import replacing, sha256_of
 from node.spec import FileRef, Restore
@@ -30,7 +30,9 @@ def save_arrays(path: Path, arrays: Arrays) -> FileRef:
     """
     with replacing(path) as partial:
         try:
-            mx.save_safetensors(str(partial), arrays, metadata={"format": "mlx"})
+            # Streams belong to threads: the copier's must never be one of the GPU, which the training uses meanwhile.
+            with mx.stream(mx.cpu):
+                mx.save_safetensors(str(partial), arrays, metadata={"format": "mlx"})
         except RuntimeError as error:
             raise OSError(f"cannot write {path}: {error} Is the disk full?") from error
         size, digest = partial.stat().st_size, sha256_of(partial)
@@ -59,20 +61,20 @@ class Copier:
 
     Args:
         folder: where copies go.
-        emit: takes ``Copied`` and ``CopyFailed``.
+        emit: takes ``Copied`` and ``CopyFailed``, each with the generation that ``copy`` was given.
     """
 
-    def __init__(self, folder: Path, emit: Callable[[Event], None]) -> None:
+    def __init__(self, folder: Path, emit: Callable[[Event, int], None]) -> None:
         self._folder = folder
         self._emit = emit
-        self._waiting: queue.Queue[tuple[Published, bool] | None] = queue.Queue(maxsize=2)
+        self._waiting: queue.Queue[tuple[Published, bool, int] | None] = queue.Queue(maxsize=2)
         self._own: list[tuple[Path, Path]] = []
         self._thread = threading.Thread(target=self._run, name="copier", daemon=True)
         self._thread.start()
 
-    def copy(self, state: Published, *, requested: bool) -> None:
+    def copy(self, state: Published, *, requested: bool, generation: int = 0) -> None:
         """Have this state written; waits while two older ones still are."""
-        self._waiting.put((state, requested))
+        self._waiting.put((state, requested, generation))
 
     def wait(self) -> None:
         """Wait until everything is written that was handed over so far."""
@@ -85,11 +87,14 @@ class Copier:
 
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
-            state, requested = item
+            state, requested, generation = item
+            event: Event
             try:
-                self._emit(self._write(state, requested))
-            except (OSError, TandemError) as error:
-                self._emit(CopyFailed(state.step, requested, str(error)))
+                event = self._write(state, requested)
+            except Exception as error:  # noqa: BLE001 - the thread's boundary: without it the training waits for ever
+                event = CopyFailed(state.step, requested, _reason(error))
+            try:
+                self._emit(event, generation)
             finally:
                 self._waiting.task_done()
 
@@ -101,7 +106,7 @@ class Copier:
             copied = Copied(
                 state.step, requested, save_arrays(weights, state.parameters), save_arrays(moments, state.moments)
             )
-        except OSError:
+        except Exception:
             weights.unlink(missing_ok=True)  # half a copy is of no use, and takes room on a disk that has none
             raise
         if not requested:
@@ -111,3 +116,8 @@ class Copier:
                     path.unlink(missing_ok=True)
             self._own = self._own[-KEPT_COPIES:]
         return copied
+
+
+def _reason(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    return message if message and isinstance(error, OSError) else f"{type(error).__name__}: {message}"

@@ -4,8 +4,9 @@ isort:skip_file
 What a coordinator and a worker say to each other.
 
 One ordered stream of requests goes down, one ordered stream of events comes up, over whatever carries bytes: a
-socket between two processes of one machine, or a network stream. Every message names its generation; a request of
-a newer generation cancels the older ones that have not begun, and stale events are dropped.
+socket between two processes of one machine, or a network stream. Every message names its generation. A request of
+a newer generation cancels the older ones that have not begun. An event carries the generation of the request that
+it follows, a heartbeat the newest that was heard of; who receives an event decides whether it is stale.
 
 Integer arrays travel as packed little-endian int32 in `bytes` (`repeated int32` is 16 times slower).
 """

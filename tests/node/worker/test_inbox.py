@@ -8,7 +8,7 @@ import pytest
 
 from node import wire
 from node.channel import BlockingChannel
-from node.events import Restored
+from node.events import Event, Heartbeat, Restored
 from node.spec import CopyState, Request, Stop
 from node.worker.inbox import Inbox
 
@@ -67,12 +67,26 @@ def test_a_newer_generation_drops_what_has_not_begun(line: Line) -> None:
     assert not inbox.superseded()
 
 
-def test_events_carry_the_newest_generation(line: Line) -> None:
+def test_events_carry_the_generation_of_the_request_that_has_begun(line: Line) -> None:
     inbox = Inbox(line)
-    line.put(3, Stop())
-    inbox.next()
-    inbox.send(Restored(7))
     reader = BlockingChannel(line.peer)
-    data = reader.receive()
-    assert data is not None
-    assert wire.decode_event(data) == (3, Restored(7))
+
+    def sent(event: Event, *generation: int) -> int:
+        inbox.send(event, *generation)
+        data = reader.receive()
+        assert data is not None
+        stamp, back = wire.decode_event(data)
+        assert back == event
+        return stamp
+
+    line.put(3, CopyState(1))
+    inbox.next()
+    assert sent(Restored(7)) == 3
+    line.put(5, CopyState(2))
+    line.wait_until_read()
+    # What is still said of the older request must not pass for an answer to the newer one.
+    assert sent(Restored(7)) == 3
+    assert sent(Heartbeat("CopyState", 1, 0), inbox.newest) == 5
+    inbox.next()
+    assert sent(Restored(8)) == 5
+    assert sent(Restored(7), 3) == 3

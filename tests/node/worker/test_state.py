@@ -4,6 +4,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -26,7 +27,7 @@ def state(step: int) -> Published:
 @pytest.fixture
 def copied(tmp_path: Path) -> Iterator[tuple[Copier, list[Event]]]:
     events: list[Event] = []
-    copier = Copier(tmp_path, events.append)
+    copier = Copier(tmp_path, lambda event, _: events.append(event))
     yield copier, events
     copier.close()
 
@@ -85,7 +86,7 @@ def test_copying_waits_when_the_disk_is_slower_than_the_steps(tmp_path: Path) ->
     go_on, writing = threading.Event(), threading.Event()
     events: list[Event] = []
 
-    def emit(event: Event) -> None:
+    def emit(event: Event, _: int) -> None:
         writing.set()
         go_on.wait(30)
         events.append(event)
@@ -122,7 +123,7 @@ def test_a_full_disk_leaves_no_broken_file(
     tmp_path: Path, small_files: Callable[[int], None], limit: int, weights: int, moments: int
 ) -> None:
     events: list[Event] = []
-    copier = Copier(tmp_path, events.append)
+    copier = Copier(tmp_path, lambda event, _: events.append(event))
     large = Published(7, {"w": mx.ones(weights)}, {"m": mx.ones(moments)})
     mx.eval(large.parameters, large.moments)
     small_files(limit)
@@ -138,3 +139,21 @@ def test_a_full_disk_leaves_no_broken_file(
     assert failed.reason.startswith("cannot write")
     # Once there is room the next copy is written.
     assert isinstance(copied, Copied)
+
+
+def test_whatever_goes_wrong_the_copier_goes_on(tmp_path: Path) -> None:
+    """A thread that died would let the training wait for ever once two more states are handed over."""
+    events: list[tuple[Event, int]] = []
+    copier = Copier(tmp_path, lambda event, generation: events.append((event, generation)))
+    broken: Any = "no arrays"
+    for step in range(1, 5):
+        copier.copy(Published(step, state(step).parameters, broken), requested=False, generation=step)
+    copier.copy(state(5), requested=True, generation=6)
+    copier.close()
+    *failed, (copied, generation) = events
+    assert [(type(event), event.step, stamp) for event, stamp in failed] == [(CopyFailed, n, n) for n in range(1, 5)]
+    assert "TypeError" in failed[0][0].reason
+    assert isinstance(copied, Copied)
+    assert generation == 6
+    # Nothing is left of the copies that failed in their second half.
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([copied.weights.name, copied.optimizer.name])
