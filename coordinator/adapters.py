@@ -48,6 +48,8 @@ def read_adapter(folder: str) -> Adapter:
     run = RunFolder(path)
     ours = read_yaml(run.config) if run.run_id() is not None and run.config.exists() else {}
     known = {name: value for name, value in {**config, **ours}.items() if value is not None}
+    # Whoever made the adapter cannot decide that code of theirs may run here.
+    known.pop("trust_remote_code", None)
     return Adapter(path, known)
 
 

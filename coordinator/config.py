@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ GGUF_TYPES = ("f16", "f32", "bf16", "q8_0")
 PRESETS = ("mlx-lm",)
 
 LARGEST = (1 << 31) - 1  # of whole numbers, as MLX counts
+
+LOCAL_PATHS = ("adapter_path", "resume_adapter_file", "save_path", "export_peft")
 
 # What mlx_lm does where nothing is said, and this program does otherwise.
 MLX_LM_SCALE = 20.0
@@ -124,6 +127,10 @@ class TrainConfig:
     preset: str | None = option(None, "mlx-lm: scale 20 and no warm-up where nothing else is said.", choices=PRESETS)
 
     def __post_init__(self) -> None:
+        for name in LOCAL_PATHS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("~"):
+                object.__setattr__(self, name, os.path.expanduser(value))
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value is not None and value is not item.default:

@@ -41,7 +41,6 @@ FROM_RUN = (
     "completion_feature",
     "chat_feature",
     "text_feature",
-    "trust_remote_code",
 )
 
 

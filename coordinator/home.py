@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import sys
+import time
 from pathlib import Path
+
+LOG_SECONDS = 7 * 24 * 3600
 
 
 def home() -> Path:
@@ -23,9 +28,30 @@ def token_cache() -> Path:
     return home() / "cache" / "tokens"
 
 
-def job_folder(run: str) -> Path:
-    """A worker's copies and log for one run."""
-    return home() / "jobs" / run
+def new_job_folder(name: str) -> Path:
+    """A folder for the copies and the log of workers that this process starts; nothing is created.
+
+    What processes that were killed left behind is removed, logs after a week.
+    """
+    jobs = home() / "jobs"
+    for folder in jobs.glob("*-pid*"):
+        pid = folder.name.rpartition("-pid")[2].partition("-")[0]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            for copy in folder.glob("*.safetensors"):
+                copy.unlink(missing_ok=True)
+            if time.time() - folder.stat().st_mtime > LOG_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+    return jobs / f"{name}-pid{os.getpid()}-{secrets.token_hex(2)}"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def registry() -> Path:

@@ -27,7 +27,7 @@ from coordinator.data.tokenise import TokeniseOptions
 from coordinator.data.tokenset import TokenSet
 from coordinator.engine import Engine, StopRequested, Work
 from coordinator.finish import fuse_result, next_commands, summary
-from coordinator.home import job_folder, token_cache
+from coordinator.home import new_job_folder, token_cache
 from coordinator.models import ResolvedModel, resolve
 from coordinator.preflight import check_before_loading, check_memory, fitting_tokens, parse_size
 from coordinator.program import Program
@@ -38,7 +38,7 @@ from coordinator.specs import adapter_config, job_spec
 from coordinator.stream import Advanced, Broadcast, Noted, Reader, RunFinished, RunStarted, Tested
 from coordinator.view.report import write_report
 from coordinator.view.reporters import make_reporters
-from node.errors import Interrupted, TandemError, UserError
+from node.errors import Interrupted, TandemError, UserError, WorkerError
 from node.events import Ready
 from node.files import write_text_atomically
 from node.hardware import describe, facts
@@ -86,40 +86,60 @@ async def train(config: TrainConfig, view: Reader, *, resume: bool = False) -> R
         TandemError: the run failed.
     """
     with contextlib.closing(Broadcast([view])) as reader:
-        return await _Job(config, reader, resume).run()
+        return await _Job(config, reader, view, resume).run()
 
 
 class _Job:
     """One run in the making: what each stage finds out, for the stages after it."""
 
-    def __init__(self, config: TrainConfig, reader: Broadcast, resume: bool) -> None:
+    def __init__(self, config: TrainConfig, reader: Broadcast, view: Reader, resume: bool) -> None:
         self.config = config
         self.reader = reader
+        self.view = view
+        self.opened = False
         self.resume = resume
         self.folder = RunFolder(Path(config.adapter_path))
         self.stop = asyncio.Event()
         self.run_id = (self.folder.run_id() if resume else None) or runs.new_id()
-        self.work_folder = job_folder(self.run_id)
+        self.work_folder = new_job_folder(self.run_id)
 
     async def run(self) -> RunResult:
         with self._signals():
             check_options(self.config, resume=self.resume)
             model = await asyncio.to_thread(resolve, self.config.model, progress=self._advance)
             self._check_inputs(model)
-            resumed = self._resumed() if self.resume else None
-            data = await asyncio.to_thread(self._prepare, model)
-            self._resolve_counts(data["train"])
-            engine = self._engine(model, data, resumed)
             try:
-                ready = await engine.prepare()
-                self._open_folder(engine)
-                return await self._train(engine, ready, model, data)
-            except StopRequested as error:
-                raise self._interrupted(engine) from error
-            finally:
-                await engine.close()
+                return await self._prepared(model)
+            except WorkerError:
+                # The worker's log is what its message points to.
+                for copy in self.work_folder.glob("*.safetensors"):
+                    copy.unlink()
+                raise
+            except BaseException:
                 shutil.rmtree(self.work_folder, ignore_errors=True)
+                raise
+            finally:
                 self.folder.unlock()
+
+    async def _prepared(self, model: ResolvedModel) -> RunResult:
+        """The rest of the run, once the model is here."""
+        resumed = None
+        if self.resume:
+            self.folder.lock()
+            resumed = self._resumed()
+        data = await asyncio.to_thread(self._prepare, model)
+        self._resolve_counts(data["train"])
+        engine = self._engine(model, data, resumed)
+        try:
+            ready = await engine.prepare()
+            self._open_folder(engine)
+            result = await self._train(engine, ready, model, data)
+        except StopRequested as error:
+            raise self._interrupted(engine) from error
+        finally:
+            await engine.close()
+        shutil.rmtree(self.work_folder, ignore_errors=True)
+        return result
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -134,7 +154,9 @@ class _Job:
         def damaged(message: str) -> None:
             self.reader.handle(Noted("damaged_checkpoint", message, "warning"))
 
-        checkpoint = Checkpoints(self.folder, self.config.keep_last).newest_intact(damaged)
+        checkpoints = Checkpoints(self.folder, self.config.keep_last)
+        checkpoints.sweep()
+        checkpoint = checkpoints.newest_intact(damaged)
         if checkpoint is None:
             raise UserError(f"--resume: no usable checkpoint in {self.folder.checkpoints}; start without --resume")
         return checkpoint
@@ -199,14 +221,20 @@ class _Job:
         )
         for warning in check_memory(config, model, train.longest):
             self.reader.handle(Noted("warning", warning, "warning"))
+        if resumed is not None and self.program.last_iter(resumed.progress.step) != resumed.progress.iteration:
+            raise UserError(
+                f"--iters {config.iters}: the run ended within a step of --grad-accumulation-steps"
+                f" {config.grad_accumulation_steps}, which cannot be taken up again; start a new run from its adapter"
+                " with --resume-adapter-file"
+            )
         steps = StepSource(train, self.batches, self.program)
         steps.token_limit = fitting_tokens(config, model, train.longest)
+        if validation is not None:
+            validation.limit_tokens(steps.token_limit)
         # Loading a tokenizer takes seconds; a resumed run with cached tokens and no samples needs none.
         prompter = Prompter(model.path, trust_remote_code=config.trust_remote_code) if config.sample_prompt else None
-        # A checkpoint holds all weights that are trained; the file that they began from may be gone by now.
-        began = config if resumed is None else dataclasses.replace(config, resume_adapter_file=None)
         work = Work(
-            job=job_spec(began, model.path, self.run_id, self.work_folder, self.cache_threshold),
+            job=job_spec(self._beginning(resumed), model.path, self.run_id, self.work_folder, self.cache_threshold),
             program=self.program,
             steps=steps,
             validation=validation,
@@ -220,18 +248,35 @@ class _Job:
             work, self._start_worker, Checkpoints(self.folder, config.keep_last), self.reader, resumed, self.stop
         )
 
+    def _beginning(self, resumed: Checkpoint | None) -> TrainConfig:
+        """The options with the file that the weights begin from, where it cannot be moved away or overwritten."""
+        given = self.config.resume_adapter_file
+        if given is None:
+            return self.config
+        if resumed is not None:
+            # A checkpoint holds all weights that are trained; the file that they began from may be gone by now.
+            return dataclasses.replace(self.config, resume_adapter_file=None)
+        self.work_folder.mkdir(parents=True, exist_ok=True)
+        kept = self.work_folder / "initial.safetensors"
+        shutil.copyfile(given, kept)
+        return dataclasses.replace(self.config, resume_adapter_file=str(kept))
+
     async def _start_worker(self) -> WorkerLink:
         return await LocalWorker.start(self.work_folder)
 
     def _open_folder(self, engine: Engine) -> None:
         """From here on the run writes: everything that could be checked before has been."""
-        self.folder.lock()
-        archived = None if self.resume else self.folder.archive()
-        self.history = self.folder.truncate_metrics(engine.progress.step) if self.resume else []
-        if not self.resume:
-            self.folder.begin(self.run_id, write_yaml(self._portable()))
-        else:
+        self.opened = True
+        archived = None
+        self.history: list[dict[str, Any]] = []
+        if self.resume:
+            self._take_up(engine)
             write_text_atomically(self.folder.config, write_yaml(self._portable()))
+        else:
+            self.folder.lock()
+            portable = self._portable()
+            archived = self.folder.archive()
+            self.folder.begin(self.run_id, write_yaml(self._after_archiving(portable, archived)))
         content = json.dumps(adapter_config(self.config), indent=4) + "\n"
         write_text_atomically(self.folder.path / "adapter_config.json", content)
         self.reader.add(Recorder(self.folder, lambda line: self.reader.handle(Noted("disk", line, "warning"))))
@@ -243,6 +288,23 @@ class _Job:
         self._register(status="running", model=self.config.model, data=self.config.data)
         if archived is not None:
             self.reader.handle(Noted("archived", f"an older run's files are in {archived} now"))
+
+    def _take_up(self, engine: Engine) -> None:
+        """Drop the metrics of steps that are computed again, and say how many those are."""
+        last = max((entry["step"] for entry in read_json_lines(self.folder.metrics) if "loss" in entry), default=0)
+        self.history = self.folder.truncate_metrics(engine.progress.step)
+        again = max(0, last - engine.progress.step)
+        engine.replayed_steps += again
+        if again:
+            line = f"{again} steps after the checkpoint of step {engine.progress.step} are computed again"
+            self.reader.handle(Noted("replay", line, details={"replayed_steps": again}))
+
+    def _after_archiving(self, config: TrainConfig, archived: Path | None) -> TrainConfig:
+        """The options with the adapter that the run begins from where it is now."""
+        began = config.resume_adapter_file
+        if began is None or archived is None or Path(began).parent != self.folder.path.resolve():
+            return config
+        return dataclasses.replace(config, resume_adapter_file=str(archived.resolve() / Path(began).name))
 
     def _portable(self) -> TrainConfig:
         """The options with local paths made absolute, so that the file works from anywhere."""
@@ -272,12 +334,10 @@ class _Job:
             self.reader.handle(Noted("warning", note, "warning"))
         try:
             await engine.run()
-        except StopRequested:
-            raise
-        except TandemError as error:
+            return await self._finish(engine, model, data)
+        except (TandemError, OSError) as error:
             self._finish_failed(engine, error)
             raise
-        return await self._finish(engine, model, data)
 
     def _facts(
         self, ready: Ready, model: ResolvedModel, data: dict[str, TokenSet], engine: Engine
@@ -335,8 +395,7 @@ class _Job:
         )
         published = progress if best is None else dataclasses.replace(progress, step=best.progress.step)
         lines = summary(self.folder, published, test_loss, engine.replayed_steps, written)
-        self._close_books(status, lines)
-        self.reader.handle(RunFinished(status, lines, next_commands(self.config, self.config.model, status, written)))
+        self._close_books(status, lines, next_commands(self.config, self.config.model, status, written))
         return result
 
     def _publish_best(self, engine: Engine) -> Checkpoint | None:
@@ -350,29 +409,36 @@ class _Job:
                 return checkpoint
         return None
 
-    def _finish_failed(self, engine: Engine, error: TandemError) -> None:
+    def _finish_failed(self, engine: Engine, error: TandemError | OSError) -> None:
         self.reader.handle(Noted("failed", str(error), "error"))
         lines: tuple[tuple[str, str], ...] = (("failed", str(error)),)
         commands: tuple[tuple[str, str], ...] = ()
         if engine.saved_step:
             lines += (("saved", f"checkpoint of step {engine.saved_step} in {self.folder.path}"),)
             commands = next_commands(self.config, self.config.model, "failed", ())
-        self._close_books("failed", lines)
-        self.reader.handle(RunFinished("failed", lines, commands))
+        self._close_books("failed", lines, commands)
 
     def _interrupted(self, engine: Engine) -> Interrupted:
         commands = next_commands(self.config, self.config.model, "interrupted", ())
         if not engine.saved_step:
-            return Interrupted("stopped before the first step was saved")
-        line = f"stopped at step {engine.saved_step} of {self.program.total_steps}; everything is saved"
-        self._close_books("interrupted", (("stopped", line),))
-        self.reader.handle(RunFinished("interrupted", (("stopped", line),), commands))
+            line = "stopped before the first step was saved"
+            if self.opened:
+                self._close_books("interrupted", (("stopped", line),), ())
+            return Interrupted(line)
+        total, last = self.program.total_steps, engine.saved_step
+        line = f"stopped at step {last} of {total}; everything is saved"
+        if last != engine.progress.step:
+            line = f"stopped at step {engine.progress.step} of {total}; the last checkpoint is of step {last}"
+        self._close_books("interrupted", (("stopped", line),), commands)
         return Interrupted(line)
 
-    def _close_books(self, status: str, lines: tuple[tuple[str, str], ...]) -> None:
-        """Write the report and the registry entry; neither is worth failing a finished run for."""
+    def _close_books(
+        self, status: str, lines: tuple[tuple[str, str], ...], commands: tuple[tuple[str, str], ...]
+    ) -> None:
+        """Say that it is over, and write report and registry entry; neither is worth failing a finished run for."""
+        self.reader.handle(RunFinished(status, lines, commands))
         try:
-            write_report(self.folder.report, self.folder.path, dict(lines))
+            write_report(self.folder.report, self.folder.path, dict(lines), status=status, commands=commands)
         except OSError as error:
             self.reader.handle(Noted("warning", f"cannot write {self.folder.report}: {error.strerror}", "warning"))
         losses = [entry["loss"] for entry in read_json_lines(self.folder.metrics) if "loss" in entry]
@@ -392,7 +458,7 @@ class _Job:
 
         def on_signal() -> None:
             if self.stop.is_set():
-                self.reader.close()
+                self.view.close()
                 os._exit(Interrupted.exit_code)
             self.stop.set()
             line = "stopping after the running step; Ctrl-C again leaves at once"

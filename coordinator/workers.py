@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import TypeVar
 
-from coordinator.home import home
+from coordinator.home import new_job_folder
 from coordinator.stream import Advanced, Reader
 from node import events
 from node.errors import WorkerError, WorkerLost
@@ -38,9 +36,7 @@ async def task_worker(model: ModelSpec | None, reader: Reader | None = None) -> 
     Raises:
         TandemError: the model cannot be loaded.
     """
-    jobs = home() / "jobs"
-    jobs.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="task-", dir=jobs))
+    folder = new_job_folder("task")
     done = keep = False
     worker = await LocalWorker.start(folder)
     try:

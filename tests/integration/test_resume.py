@@ -14,10 +14,12 @@ from safetensors.numpy import load_file
 
 from coordinator.api import train
 from coordinator.config import TrainConfig
+from coordinator.specs import COPY_EVERY_STEPS
 from tests.fixtures.models import tiny_model
 from tests.fixtures.runs import Run, losses, notes, validations, write_chat_data
 
-ITERS = 48
+# More steps than ten rounds of at most four can pass.
+ITERS = 96
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def options(inputs: Path, adapter: Path) -> TrainConfig:
         num_layers=2,
         save_every=8,
         steps_per_eval=12,
-        lr_schedule={"name": "cosine_decay", "arguments": [1e-3, 24], "warmup": 4},
+        lr_schedule={"name": "cosine_decay", "arguments": [1e-3, 48], "warmup": 4},
     )
 
 
@@ -73,7 +75,7 @@ def assert_same_curve(folder: Path, reference: Path) -> None:
 
 def test_the_reference_is_complete(reference: Path) -> None:
     assert [step for step, _ in losses(reference)] == list(range(1, ITERS // 2 + 1))
-    assert [step for step, _ in validations(reference)] == [0, 6, 12, 18, 24]
+    assert [step for step, _ in validations(reference)] == list(range(0, 49, 6))
 
 
 @pytest.mark.timeout(280)
@@ -96,9 +98,9 @@ def test_ten_kills_at_random_times_leave_the_same_curve(inputs: Path, reference:
         run = Run("train", "--resume", "--adapter-path", folder) if resumable else Run(*command)
     code, errors = run.wait()
     assert code == 0, errors
-    assert replayed > 0
+    # Five times a worker was killed; its copies are ten steps apart.
+    assert 0 < replayed < 5 * COPY_EVERY_STEPS
     assert_same_curve(folder, reference)
-    assert (folder / "previous").exists() is False or not list((folder / "previous").glob("*/checkpoints"))
 
 
 def test_ctrl_c_saves_and_resume_goes_on(inputs: Path, reference: Path, tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_the_last_line_of_the_metrics_may_be_cut_off(inputs: Path, reference: Pa
     for checkpoint in sorted((folder / "checkpoints").glob("[0-9]*"))[-2:]:
         shutil.rmtree(checkpoint)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 25, "lo')
+        file.write('{"step": 49, "lo')
     train(options(inputs, folder), resume=True)
     assert_same_curve(folder, reference)
 
@@ -180,7 +182,7 @@ def test_an_older_run_is_moved_aside_and_nothing_of_it_is_lost(inputs: Path, ref
     folder = tmp_path / "adapters"
     shutil.copytree(reference, folder)
     old = json.loads((folder / "run.json").read_text())["run"]
-    before = {path.name for path in reference.iterdir()}
+    before = {path.name for path in reference.iterdir()} - {".lock"}
     result = train(dataclasses.replace(options(inputs, folder), iters=4))
     assert result.run != old
     kept = folder / "previous" / old
