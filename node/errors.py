@@ -61,3 +61,25 @@ class Interrupted(TandemError):
     """Stopped by Ctrl-C after saving; the message holds the command that goes on."""
 
     exit_code = 130
+
+
+_MEMORY_WORDS = (
+    "out of memory",
+    "outofmemory",
+    "insufficient memory",
+    "memoryerror",
+    "bad_alloc",
+    "unable to allocate",
+    "attempting to allocate",
+    "cannot allocate",
+    "can't allocate",
+    # MLX's tags. Not the bare word: a C library that finds its heap corrupted says it, too.
+    "[malloc",
+    "::malloc",
+)
+
+
+def mentions_memory(text: str) -> bool:
+    """Whether this message of MLX, Python or the system says that memory ran out."""
+    lowered = text.lower()
+    return any(word in lowered for word in _MEMORY_WORDS)

@@ -7,6 +7,7 @@ leaves too. It is spawned, never forked, and its environment names our own impor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import Protocol
 
 from node import wire
-from node.channel import frame, read_message
-from node.errors import OutOfMemory, TandemError, UserError, WorkerError, WorkerLost
+from node.channel import AsyncChannel
+from node.errors import OutOfMemory, TandemError, UserError, WorkerError, WorkerLost, mentions_memory
 from node.events import Event, Failed
 from node.spec import Request, Stop
 from tandem.v1 import worker_pb2
 
 LOG_NAME = "worker.log"
 TAIL_BYTES = 2000
+TAIL_LINES = 10
+GOING_SECONDS = 5.0
 
 
 class WorkerLink(Protocol):
@@ -33,14 +36,19 @@ class WorkerLink(Protocol):
 
         Raises:
             WorkerLost: the worker is gone.
+            TandemError: it is, and had said or logged why; see ``receive``.
         """
 
     async def receive(self) -> Event:
         """The next event.
 
+        Late ones come too, of requests that were cancelled after they had begun: who receives an event decides, by the
+        step, chunk or id in it, whether it is stale.
+
         Raises:
             WorkerLost: the worker is gone.
-            UserError, OutOfMemory, WorkerError: the worker said why it cannot go on.
+            UserError, OutOfMemory, WorkerError: the worker said why it cannot go on, or its log does.
+            TandemError: likewise; a file could not be read or written.
         """
 
     def cancel(self) -> None:
@@ -56,14 +64,15 @@ class LocalWorker:
     def __init__(
         self,
         process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        channel: AsyncChannel,
         log: Path,
+        log_start: int,
     ) -> None:
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._channel = channel
         self._log = log
+        self._log_start = log_start
+        self._said: TandemError | None = None
         self._generation = 0
         self._closed = False
         self._killed = False
@@ -75,6 +84,7 @@ class LocalWorker:
         log = folder / LOG_NAME
         ours, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
+            log_start = output.tell()
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",
@@ -88,8 +98,7 @@ class LocalWorker:
                 stderr=output,
                 env=_environment(),
             )
-        reader, writer = await asyncio.open_connection(sock=ours)
-        return cls(process, reader, writer, log)
+        return cls(process, await AsyncChannel.open(ours), log, log_start)
 
     @property
     def pid(self) -> int:
@@ -99,43 +108,43 @@ class LocalWorker:
     async def send(self, request: Request) -> None:
         """See ``WorkerLink``."""
         try:
-            self._writer.write(frame(wire.encode_request(request, self._generation)))
-            await self._writer.drain()
-        except ConnectionError as error:
+            await self._channel.send(wire.encode_request(request, self._generation))
+        except OSError as error:
             raise await self._lost() from error
 
     async def receive(self) -> Event:
         """See ``WorkerLink``."""
         try:
-            data = await read_message(self._reader)
+            data = await self._channel.receive()
         except ConnectionError as error:
             raise await self._lost() from error
         if data is None:
             raise await self._lost()
         _, event = wire.decode_event(data)
         if isinstance(event, Failed):
-            raise _error_of(event, self._log)
+            self._said = _error_of(event, self._log)
+            raise self._said
         return event
 
     def cancel(self) -> None:
         """See ``WorkerLink``."""
         self._generation += 1
 
-    async def close(self, timeout_seconds: float = 60.0) -> None:
+    async def close(self, timeout_seconds: float = 10.0) -> None:
         """See ``WorkerLink``; events that are still on their way are dropped."""
         if self._closed:
             return
         self._closed = True
         try:
-            self._writer.write(frame(wire.encode_request(Stop(), self._generation)))
             async with asyncio.timeout(timeout_seconds):
-                while await self._reader.read(1 << 16):
+                await self._channel.send(wire.encode_request(Stop(), self._generation))
+                while await self._channel.receive() is not None:
                     pass
                 await self._process.wait()
-        except (ConnectionError, TimeoutError):
+        except (OSError, TimeoutError):
             self.kill()
         finally:
-            self._writer.close()
+            self._channel.close()
             await self._process.wait()
 
     def kill(self) -> None:
@@ -145,20 +154,36 @@ class LocalWorker:
             self._killed = True
             self._process.kill()
 
-    async def _lost(self) -> WorkerLost:
+    async def _lost(self) -> TandemError:
         """Why the stream ended. The process is on its way out, or is made to be."""
         self._closed = True
-        self._writer.close()
+        self._channel.finish()
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(GOING_SECONDS):
+                await self._hear_the_rest()
                 await self._process.wait()
         except TimeoutError:
             self.kill()
             await self._process.wait()
+        self._channel.close()
+        if self._said is not None:
+            return self._said
         code = self._process.returncode or 0
         why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        tail = _tail(self._log)
-        return WorkerLost(f"the worker {why}" + (f"; its last words: {tail}" if tail else ""))
+        lines = _last_lines(self._log, self._log_start)
+        # On Metal a command that finds no memory does not raise: the process is aborted.
+        for line in reversed(lines):
+            if mentions_memory(line):
+                return OutOfMemory(f"the model's process ran out of memory: it {why}; {line}")
+        return WorkerLost(f"the worker {why}" + (f"; its last words: {lines[-1]}" if lines else ""))
+
+    async def _hear_the_rest(self) -> None:
+        """Read what the worker said before it went, for the reason among it."""
+        with contextlib.suppress(ConnectionError, wire.WireError):
+            while (data := await self._channel.receive()) is not None:
+                _, event = wire.decode_event(data)
+                if isinstance(event, Failed):
+                    self._said = _error_of(event, self._log)
 
 
 def _environment() -> dict[str, str]:
@@ -175,16 +200,18 @@ def _error_of(event: Failed, log: Path) -> TandemError:
         return UserError(event.message)
     if event.kind == "memory":
         return OutOfMemory(f"the model's process ran out of memory: {event.message}")
+    if event.kind == "disk":
+        return TandemError(event.message)
     return WorkerError(f"the worker failed: {event.message} (details in {log})")
 
 
-def _tail(log: Path) -> str:
-    """The last line of a log, or "" when there is none."""
+def _last_lines(log: Path, start: int) -> list[str]:
+    """The last lines of a log, stripped; none of those before ``start``, an offset in bytes."""
     try:
         with log.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").strip().splitlines()
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
-        return ""
-    return lines[-1].strip() if lines else ""
+        return []
+    return [line.strip() for line in lines if line.strip()][-TAIL_LINES:]

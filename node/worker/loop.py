@@ -187,7 +187,7 @@ def _failure(error: Exception) -> Failed:
     kind: FailureKind = "internal"
     if isinstance(error, UserError):
         kind = "user"
-    elif isinstance(error, (MemoryError, OutOfMemory)) or tuning.is_memory_error(error):
+    elif isinstance(error, OutOfMemory) or tuning.is_memory_error(error):
         kind = "memory"
     elif isinstance(error, OSError):
         kind = "disk"

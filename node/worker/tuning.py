@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
-from node.errors import UserError
+from node.errors import UserError, mentions_memory
 from node.spec import ModelSpec, TuningSpec
 from node.worker.adapter import apply_adapter
 from node.worker.randomness import RowContext, add_embedding_noise, key_dropout
@@ -133,8 +133,7 @@ def _checkpoint(layer: nn.Module) -> None:
 
 def is_memory_error(error: BaseException) -> bool:
     """Whether MLX or the system says that memory ran out."""
-    text = str(error).lower()
-    return any(word in text for word in ("malloc", "out of memory", "insufficient memory", "allocate"))
+    return isinstance(error, MemoryError) or mentions_memory(str(error))
 
 
 def _one_line(error: BaseException) -> str:
