@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from node.errors import TandemError
+
 Int32 = npt.NDArray[np.int32]
 FineTuneType = Literal["lora", "dora", "full"]
 
@@ -158,14 +160,21 @@ class FileRef:
     """A file in the job's folder, named by what is in it.
 
     Attributes:
-        name: relative to the job's folder.
+        name: its bare name in the job's folder. References come from other machines: no name leads out of it.
         sha256: hex digest of its content.
         size: bytes.
+
+    Raises:
+        TandemError: the name is no bare file name.
     """
 
     name: str
     sha256: str
     size: int
+
+    def __post_init__(self) -> None:
+        if self.name in {"", ".", ".."} or any(character in self.name for character in "/\\\0"):
+            raise TandemError(f"{self.name!r} is no name of a file in the job's folder")
 
 
 # --- requests: what goes down to a worker, in order ---------------------------------------------------------------

@@ -75,7 +75,10 @@ def _read_body(message: Any, candidates: tuple[type, ...]) -> Any:
     name = message.WhichOneof("body")
     for candidate in candidates:
         if _field_name(candidate) == name:
-            return _read(candidate, getattr(message, name))
+            try:
+                return _read(candidate, getattr(message, name))
+            except (TandemError, ValueError) as error:  # a field's text or array, or a dataclass that refuses a value
+                raise WireError(f"a {name} of tandem.v1 with a value that is refused: {error}") from error
     raise WireError(f"a {type(message).__name__} without a body that this version knows")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from node import events, spec, wire
+from node.errors import TandemError
 
 
 def equal(left: Any, right: Any) -> bool:
@@ -76,6 +77,39 @@ def test_foreign_bytes_are_refused(data: bytes) -> None:
         wire.decode_request(data)
     with pytest.raises(wire.WireError):
         wire.decode_event(data)
+
+
+BAD_NAMES = ["", ".", "..", "../secret", "/etc/passwd", "a/b", "a\\b", "a\0b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_file_outside_the_folder_cannot_be_named(name: str) -> None:
+    with pytest.raises(TandemError, match="no name of a file"):
+        spec.FileRef(name, "00", 1)
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_nor_can_a_message_name_one(name: str) -> None:
+    from tandem.v1 import worker_pb2
+
+    good = worker_pb2.FileRef(name="...0000001-checkpoint.weights.safetensors", sha256="00", size=1)
+    bad = worker_pb2.FileRef(name=name, sha256="00", size=1)
+    restore = worker_pb2.Request(restore=worker_pb2.Restore(step=1, weights=good, optimizer=bad))
+    with pytest.raises(wire.WireError, match="no name of a file"):
+        wire.decode_request(restore.SerializeToString())
+    copied = worker_pb2.Event(copied=worker_pb2.Copied(step=1, weights=bad, optimizer=good))
+    with pytest.raises(wire.WireError, match="no name of a file"):
+        wire.decode_event(copied.SerializeToString())
+    copied.copied.weights.CopyFrom(good)
+    assert isinstance(wire.decode_event(copied.SerializeToString())[1], events.Copied)
+
+
+def test_a_broken_mapping_is_refused() -> None:
+    from tandem.v1 import worker_pb2
+
+    job = worker_pb2.JobSpec(tuning=worker_pb2.TuningSpec(), optimizer=worker_pb2.OptimizerSpec(arguments_json="{"))
+    with pytest.raises(wire.WireError, match="setup"):
+        wire.decode_request(worker_pb2.Request(setup=worker_pb2.Setup(job=job)).SerializeToString())
 
 
 def test_an_odd_array_is_refused() -> None:
