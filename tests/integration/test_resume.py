@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from coordinator.api import train
 from coordinator.config import TrainConfig
+from coordinator.config_file import read_yaml, write_yaml
 from coordinator.specs import COPY_EVERY_STEPS
 from tests.fixtures.models import tiny_model
 from tests.fixtures.runs import Run, losses, notes, validations, write_chat_data
@@ -51,8 +52,6 @@ def options(inputs: Path, adapter: Path) -> TrainConfig:
 def arguments(inputs: Path, adapter: Path) -> list[str]:
     config = options(inputs, adapter)
     file = adapter.with_suffix(".yaml")
-    from coordinator.config_file import write_yaml
-
     file.write_text(write_yaml(config))
     return ["train", "-c", str(file)]
 
@@ -190,3 +189,55 @@ def test_an_older_run_is_moved_aside_and_nothing_of_it_is_lost(inputs: Path, ref
     assert losses(kept) == losses(reference)
     (archived,) = notes(folder, "archived")
     assert str(kept) in archived["message"]
+
+
+def test_a_run_from_its_own_folders_older_adapter_survives_its_worker(
+    inputs: Path, reference: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    began = load_file(folder / "adapters.safetensors")
+    old = json.loads((folder / "run.json").read_text())["run"]
+    config = dataclasses.replace(
+        options(inputs, folder), iters=8, save_every=100, resume_adapter_file=str(folder / "adapters.safetensors")
+    )
+    undisturbed = dataclasses.replace(
+        config,
+        adapter_path=str(tmp_path / "undisturbed"),
+        resume_adapter_file=str(reference / "adapters.safetensors"),
+    )
+    train(undisturbed)
+    file = tmp_path / "run.yaml"
+    file.write_text(write_yaml(config))
+    run = Run("train", "-c", file)
+    run.until_step(2)
+    run.kill_worker()
+    code, errors = run.wait()
+    assert code == 0, errors
+    assert losses(folder) == losses(tmp_path / "undisturbed")
+    kept = Path(read_yaml(folder / "config.yaml")["resume_adapter_file"])
+    assert kept == folder / "previous" / old / "adapters.safetensors"
+    assert all(np.array_equal(began[name], value) for name, value in load_file(kept).items())
+
+
+def test_steps_that_a_killed_coordinator_had_recorded_are_counted_as_replayed(
+    inputs: Path, reference: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    for checkpoint in sorted((folder / "checkpoints").glob("[0-9]*"))[-2:]:
+        shutil.rmtree(checkpoint)
+    last = int(max((folder / "checkpoints").glob("[0-9]*")).name) // 2
+    result = train(options(inputs, folder), resume=True)
+    assert result.replayed_steps == ITERS // 2 - last == 8
+    (replay,) = notes(folder, "replay")
+    assert replay["replayed_steps"] == 8
+
+
+def test_a_step_that_was_cut_short_by_the_end_cannot_be_taken_up_again(inputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    train(dataclasses.replace(options(inputs, folder), iters=5))
+    code, errors = Run("train", "--resume", "--adapter-path", folder, "--iters", "8").wait()
+    assert code == 2
+    assert "--iters 8" in errors
+    assert "--grad-accumulation-steps 2" in errors
