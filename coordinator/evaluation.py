@@ -175,7 +175,7 @@ def _settled(options: TestOptions, adapter: Adapter | None) -> TrainConfig:
     """What was said, over what the adapter's run had, over the defaults; checked as training's options are."""
     recorded = adapter.settings if adapter is not None else {}
     values = {name: recorded[name] for name in FROM_RUN if recorded.get(name) is not None}
-    said = {name: value for name in FROM_RUN if (value := getattr(options, name)) is not None}
+    said = {name: value for name in (*FROM_RUN, "trust_remote_code") if (value := getattr(options, name)) is not None}
     for name, twin in (("mask", "mask_prompt"), ("mask_prompt", "mask"), ("data", "hf_dataset")):
         if name in said and twin not in said:
             values.pop(twin, None)

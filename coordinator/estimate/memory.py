@@ -26,8 +26,9 @@ SCORES_IN_FLIGHT, INNER_IN_FLIGHT = 2.3, 4.5
 """Temporaries in the backward pass of a block, in matrices of attention scores and in feed-forward widths."""
 CHECKPOINT_RECOMPUTED = 1.55
 """What a recomputed block holds, in units of what it would have kept."""
-UPDATE_GRADIENTS = 3.75
-"""Gradient, mean gradient, new parameters and temporaries, in sizes of what is trained."""
+UPDATE_IN_FLIGHT = 18
+"""Temporaries of the update, in sizes of the largest trained matrix: MLX allocates some operations ahead. All else is
+computed in the memory of the gradient and of the old state."""
 FP32_BYTES = 4
 PROCESS_BYTES = 400 * MIB
 """Python, MLX, tokenizer and the worker's own memory, which MLX's counter does not see."""
@@ -170,6 +171,14 @@ class _Step:
         return self.trainable_parameters * (self.weights.compute_bytes if full else FP32_BYTES)
 
     @property
+    def largest_trained_bytes(self) -> int:
+        """The largest single array that is trained."""
+        if self.options.fine_tune_type == "full":
+            return self.weights.compute_bytes * max((linear.parameters for linear in self.adapted), default=0)
+        sides = [max(linear.inputs, linear.outputs) * linear.copies for linear in self.adapted]
+        return FP32_BYTES * self.options.rank * max(sides, default=0)
+
+    @property
     def optimizer_bytes(self) -> int:
         if self.options.optimizer == "adafactor":
             full = self.options.fine_tune_type == "full"
@@ -240,7 +249,7 @@ class _Step:
         activations = self.kept_bytes + self.in_flight_bytes
         beyond = max(0, logits - gradients - self.in_flight_bytes)
         old_state = 0 if full else trained + moments
-        update = int(UPDATE_GRADIENTS * trained) + old_state
+        update = trained + UPDATE_IN_FLIGHT * self.largest_trained_bytes + old_state
         copies = max(0, update - gradients - activations - beyond)
         state = self.weights.total_bytes + (0 if full else trained) + moments
         device = state + gradients + activations + beyond + copies

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from coordinator.cli import coordinator
 from coordinator.evaluation import TestOptions, TestResult
 from coordinator.workers import Quiet
 from node.clikit import run_cli
-from node.errors import UserError
+from node.errors import UserError, WorkerError
 from tests.fixtures.adapters import random_adapter
 from tests.fixtures.models import tiny_model
 
@@ -124,3 +125,21 @@ def test_mistakes_are_found_before_anything_is_loaded(
 def test_options_are_checked(split: str, batches: int) -> None:
     with pytest.raises(UserError, match=r"--split|--test-batches"):
         TestOptions(split=split, test_batches=batches)
+
+
+def test_code_in_a_models_folder_does_not_run_because_an_adapter_says_so(folder: Path, tmp_path: Path) -> None:
+    model, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(folder / "model", model)
+    (model / "theirs.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_file": "theirs.py"}))
+    settings = {"data": str(folder / "data"), "trust_remote_code": True}
+    adapter = random_adapter(tmp_path / "adapter", folder / "model", **settings)
+    recorded = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**recorded, "model": str(model)}))
+    with pytest.raises(UserError, match="trust"):
+        measured(adapter_path=str(adapter))
+    assert not marker.exists()
+    with pytest.raises(WorkerError, match="has no attribute 'Model'"):
+        measured(adapter_path=str(adapter), trust_remote_code=True)
+    assert marker.exists(), "the marker shows that it would have run"

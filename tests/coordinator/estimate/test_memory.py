@@ -57,6 +57,8 @@ MEASURED = {
     "dora on a quantized base": job(fine_tune_type="dora", bits=4),
     "full": job(fine_tune_type="full"),
     "full, short rows": job(fine_tune_type="full", length=32),
+    "full, many layers": job(fine_tune_type="full", length=8, batch_size=1, num_layers=16, num_hidden_layers=16),
+    "full, bf16": job(fine_tune_type="full", length=32, dtype="bfloat16"),
     "full, sgd": job(fine_tune_type="full", optimizer="sgd", length=32),
     "full, adafactor": job(fine_tune_type="full", optimizer="adafactor", length=32),
     **{
