@@ -29,7 +29,12 @@ class Reduction(Protocol):
     """Adds the ranks' sums together."""
 
     def __call__(self, gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
-        """The sums over all ranks of the gradients, the losses and the target tokens."""
+        """The sums over all ranks of the gradients, the losses and the target tokens.
+
+        Gradients come in the order of their names. Their types are those of the parameters, or fp32, as each rank's
+        number of micro-batches has it: what crosses the wire must be cast to one type by the reduction. The mapping
+        that it returns belongs to the trainer, which empties it.
+        """
 
 
 def alone(gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
@@ -58,8 +63,12 @@ class Trainer:
         seed: keys the rows' randomness.
         context: the one that was given to ``make_trainable``.
         emit: takes the phase events.
-        reduce: adds up the ranks.
+        reduce: adds up the ranks; see ``Reduction``.
         clear_cache_threshold: bytes of cached memory above which the cache is cleared after a step; 0 never.
+
+    Attributes:
+        reduce: may be replaced between two steps, as when the ranks change.
+        step: the last one applied.
     """
 
     def __init__(
@@ -78,7 +87,7 @@ class Trainer:
         self._seed = seed
         self._context = context
         self._emit = emit
-        self._reduce = reduce
+        self.reduce = reduce
         self._clear_cache_threshold = clear_cache_threshold
         self._rate_at = learning_rates(spec)
         self._parameters: dict[str, Any] = model.trainable_parameters()
@@ -115,7 +124,7 @@ class Trainer:
         gradients, loss, tokens = self._accumulate(share)
         computed = time.perf_counter()
         self._emit(ReduceEntered(share.step))
-        gradients, total_loss, total_tokens = self._reduce(gradients, loss, tokens)
+        gradients, total_loss, total_tokens = self.reduce(gradients, loss, tokens)
         reduced = time.perf_counter()
         learning_rate = self._rate_at(share.step)
         grad_norm = self._apply(gradients, total_tokens, learning_rate)
@@ -146,6 +155,7 @@ class Trainer:
             if len(share.micro_batches) > 1:
                 part = tree_map(lambda g: g.astype(mx.float32), part)
             gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+            del part  # an array that somebody still refers to keeps its memory for itself
             mx.eval(loss, gradients)
         # The gradient function leaves its own arrays in the model; the parameters are ours.
         self._model.update(self._parameters)
@@ -175,23 +185,31 @@ class Trainer:
         return loss_sum(self._model, Batch(inputs, targets, mask, lengths))
 
     def _apply(self, gradients: Arrays, tokens: int, learning_rate: float) -> float:
-        """Divide by the global token count, clip, update; one synchronisation with the device."""
-        parameters = dict(tree_flatten(self._parameters))
+        """Divide by the global token count, clip, update; one synchronisation with the device.
+
+        MLX computes a result in its operand's memory where nothing else refers to the operand. So that gradients, old
+        parameters and old moments give theirs, ``gradients`` is emptied, and no name here outlives its use.
+        """
+        types = {name: parameter.dtype for name, parameter in tree_flatten(self._parameters)}
         scale = 1.0 / max(tokens, 1)
-        means = {name: g * scale for name, g in gradients.items()}
-        norm = mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in means.values()), mx.array(0.0)))
+        norm = scale * mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in gradients.values()), mx.array(0.0)))
+        factor = mx.array(scale)
         if self._spec.max_grad_norm > 0:
-            factor = mx.minimum(1.0, self._spec.max_grad_norm / (norm + 1e-6))
-            means = {name: g * factor for name, g in means.items()}
-        means = {name: g.astype(_update_type(parameters[name])) for name, g in means.items()}
+            factor = factor * mx.minimum(1.0, self._spec.max_grad_norm / (norm + 1e-6))
+        means = {}
+        for name in list(gradients):
+            gradient = gradients.pop(name)
+            means[name] = (gradient * factor).astype(_update_type(types[name]))
+            del gradient
         updated = self._optimizer.update(self._parameters, tree_unflatten(list(means.items())), learning_rate)
-        updated = tree_map(lambda new, old: new.astype(old.dtype), updated, self._parameters)
-        self._parameters = updated
-        self._model.update(updated)
-        mx.eval(norm, updated, self._optimizer.arrays())
+        del means
+        self._parameters = tree_map(lambda new, old: new.astype(old.dtype), updated, self._parameters)
+        del updated
+        self._model.update(self._parameters)
+        mx.eval(norm, self._parameters, self._optimizer.arrays())
         return norm.item()  # type: ignore[return-value]
 
 
-def _update_type(parameter: mx.array) -> mx.Dtype:
+def _update_type(parameter: mx.Dtype) -> mx.Dtype:
     """The type to compute an update in: in fp16 Adam's epsilon and small squares are zero, and 0 / 0 follows."""
-    return mx.float32 if parameter.dtype == mx.float16 else parameter.dtype
+    return mx.float32 if parameter == mx.float16 else parameter

@@ -125,6 +125,18 @@ def test_sums_come_in_the_order_of_their_names(model: Path) -> None:
     assert orders == [sorted(run.weights)] * 4
 
 
+def test_the_reduction_may_be_replaced_between_steps(model: Path) -> None:
+    def twice(gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+        total, value, count = alone(gradients, loss, tokens)
+        return {name: 2 * gradient for name, gradient in total.items()}, 2 * value, 2 * count
+
+    plain, replaced = InProcess(model, LORA, ADAM).run(BATCHES), InProcess(model, LORA, ADAM).run(BATCHES[:1])
+    replaced.trainer.reduce = twice
+    replaced.run(BATCHES[1:])
+    assert [done.tokens for done in replaced.done[1:]] == [2 * done.tokens for done in plain.done[1:]]
+    assert_equal(plain, replaced)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_accumulation_is_a_bigger_batch(model: Path, method: Any) -> None:
     spec = replace(NOISY, fine_tune_type=method)

@@ -62,7 +62,7 @@ def test_many_micro_batches_are_added_in_fp32(tmp_path: Path) -> None:
     sums: list[dict[str, mx.array]] = []
 
     def reduce(gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
-        sums.append(gradients)
+        sums.append(dict(gradients))
         return alone(gradients, loss, tokens)
 
     run = InProcess(model, TuningSpec("full", num_layers=-1), OptimizerSpec(learning_rate=0.0), reduce=reduce)
