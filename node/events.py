@@ -67,7 +67,7 @@ class StepDone:
         step: its number, from 1.
         loss_sum: sum of the losses over the target tokens of the whole step, before the update.
         tokens: target tokens of the whole step.
-        learning_rate: used for this update.
+        learning_rate: used for this update; Adafactor's own is given before it scales it for each parameter.
         grad_norm: global norm of the mean gradient, before clipping.
         seconds: of the whole step; ``compute_seconds`` in forward and backward, ``wait_seconds`` in the reduction.
         peak_memory_bytes: highest since the worker started.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 
@@ -34,11 +33,7 @@ def generate(model: nn.Module, request: Generate, superseded: Callable[[], bool]
     began = time.perf_counter()
     first: float | None = None
     count, finished = 0, "length"
-    with (
-        _uncompiled(),
-        contextlib.suppress(_Superseded),
-        contextlib.closing(_steps(model, request, superseded)) as tokens,
-    ):
+    with contextlib.suppress(_Superseded), contextlib.closing(_steps(model, request, superseded)) as tokens:
         for token in tokens:
             first = first or time.perf_counter()
             if token in request.stop:
@@ -59,19 +54,6 @@ def generate(model: nn.Module, request: Generate, superseded: Callable[[], bool]
         tokens_per_second=timed / max(ended - first, 1e-9) if timed > 0 else 0.0,
         prompt_tokens_per_second=len(request.prompt) / max(first - began, 1e-9),
     )
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """On a CPU, without compiling samplers: the C++ compiler takes longer than they ever save."""
-    if mx.default_device().type != mx.cpu or "MLX_DISABLE_COMPILE" in os.environ:
-        yield
-        return
-    mx.disable_compile()
-    try:
-        yield
-    finally:
-        mx.enable_compile()
 
 
 def _steps(model: nn.Module, request: Generate, superseded: Callable[[], bool]) -> Generator[int, None, None]:

@@ -39,6 +39,7 @@ from node.spec import (
 from node.worker import tuning
 from node.worker.inbox import Inbox
 from node.worker.loss import loss_sum, pad
+from node.worker.optimizer import chooses_own_rate
 from node.worker.randomness import RowContext
 from node.worker.state import Copier, load_copy
 from node.worker.trainer import Trainer
@@ -123,6 +124,8 @@ class Worker:
         if job.tuning is not None and job.optimizer is not None:
             context = RowContext()
             notes = tuning.make_trainable(model, job.tuning, job.seed, context)
+            if chooses_own_rate(job.optimizer):
+                notes.append("adafactor chooses its own rate (relative_step); --learning-rate is not used")
             self._trainer = Trainer(
                 model,
                 job.optimizer,

@@ -22,12 +22,24 @@ CLASSES = {
 }
 
 
+def chooses_own_rate(spec: OptimizerSpec) -> bool:
+    """Whether the rule takes no learning rate from outside: Adafactor (arXiv 1804.04235) with its relative steps."""
+    return spec.name == "adafactor" and bool(spec.arguments.get("relative_step", True))
+
+
 def learning_rates(spec: OptimizerSpec) -> Callable[[int], float]:
     """The learning rate of each step, counted from 1.
 
     A ``schedule`` is evaluated as ``mlx_lm`` does, at the number of updates made before. Without one, the rate rises
-    linearly over the warm-up, reaches its peak at the warm-up's last step, and stays.
+    linearly over the warm-up, reaches its peak at the warm-up's last step, and stays. Where the rule chooses its own
+    rate, that is given, before Adafactor scales it by the size of each parameter.
+
+    Raises:
+        UserError: there is no such schedule.
     """
+    if chooses_own_rate(spec):
+        warming_up = bool(spec.arguments.get("warmup_init", False))
+        return lambda step: min(1e-6 * step if warming_up else 1e-2, step**-0.5)
     if spec.schedule is not None:
         try:
             schedule = build_schedule(spec.schedule)

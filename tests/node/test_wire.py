@@ -29,7 +29,7 @@ def example(hint: Any, seed: int) -> Any:
     """A value of this type that differs from every default."""
     inner, _ = wire._strip_optional(hint)
     origin = typing.get_origin(inner)
-    if dataclasses.is_dataclass(inner):
+    if isinstance(inner, type) and dataclasses.is_dataclass(inner):
         hints = typing.get_type_hints(inner)
         return inner(**{name: example(kind, seed + i) for i, (name, kind) in enumerate(hints.items())})
     if origin is tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ def compiled(trainer: Trainer) -> None:
     trainer._gradient = mx.compile(trainer._gradient)
 
 
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """Compiling as on a GPU; afterwards off again, as everywhere in the tests."""
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize(
     ("family", "spec"),
     [
@@ -33,11 +43,7 @@ def compiled(trainer: Trainer) -> None:
     ],
     ids=["lora", "checkpointed", "dora", "full", "experts"],
 )
-def test_compiled_steps_are_the_plain_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, spec: Any
-) -> None:
-    monkeypatch.delenv("MLX_DISABLE_COMPILE", raising=False)
-    mx.enable_compile()
+def test_compiled_steps_are_the_plain_ones(tmp_path: Path, family: str, spec: Any) -> None:
     model = tiny_model(tmp_path / "model", family)
     # Several shapes, each met more than once, and never with the same noise: what is frozen into the compiled
     # function at its first call would show.

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from node.errors import UserError
 from node.spec import OptimizerSpec, Restore, TuningSpec
-from node.worker.optimizer import CLASSES, Optimizer, learning_rates
+from node.worker.optimizer import CLASSES, Optimizer, chooses_own_rate, learning_rates
 from node.worker.state import load_copy, save_arrays
 from tests.fixtures.models import tiny_model
 from tests.fixtures.training import InProcess, difference, random_batches
@@ -29,6 +29,30 @@ def test_warm_up_rises_linearly_to_its_peak() -> None:
     assert [rate(step) for step in range(1, 7)] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
     rate = learning_rates(OptimizerSpec(learning_rate=1e-3))
     assert [rate(1), rate(1000)] == [1e-3, 1e-3]
+
+
+ADAFACTOR: dict[str, dict[str, Any]] = {
+    "relative": {"scale_parameter": False, "clip_threshold": 1e9},
+    "warming up": {"scale_parameter": False, "clip_threshold": 1e9, "warmup_init": True},
+    "told": {"scale_parameter": False, "clip_threshold": 1e9, "relative_step": False},
+}
+
+
+@pytest.mark.parametrize("case", ADAFACTOR)
+def test_adafactors_rate_is_the_one_it_uses(case: str) -> None:
+    spec = OptimizerSpec("adafactor", ADAFACTOR[case], learning_rate=3e-3, warmup_steps=2)
+    rate = learning_rates(spec)
+    parameters = {"bias": mx.ones(4)}
+    optimizer = Optimizer(spec, parameters)
+    for step in (1, 2, 3):
+        now = optimizer.update(parameters, {"bias": mx.ones(4)}, rate(step))
+        # With equal gradients all along the update is the rate itself.
+        assert (parameters["bias"] - now["bias"]).tolist() == pytest.approx([rate(step)] * 4, rel=1e-3, abs=1e-7)
+        parameters = now
+    assert chooses_own_rate(spec) == (case != "told")
+    expected = {"relative": [1e-2, 1e-2], "warming up": [1e-6, 4e-6], "told": [1.5e-3, 3e-3]}
+    assert [rate(1), rate(4)] == pytest.approx(expected[case])
+    assert learning_rates(OptimizerSpec("adafactor"))(40_000) == pytest.approx(0.005)
 
 
 def test_schedule_is_evaluated_at_the_updates_made_before() -> None:

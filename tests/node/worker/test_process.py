@@ -141,6 +141,21 @@ def test_a_whole_conversation(tmp_path: Path) -> None:
     with_worker(folder, work)
 
 
+def test_adafactor_says_that_it_chooses_its_rate(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama", layers=1)
+
+    async def work(worker: LocalWorker) -> None:
+        own, told = OptimizerSpec("adafactor"), OptimizerSpec("adafactor", {"relative_step": False})
+        for optimizer, notes in ((own, 1), (told, 0)):
+            await worker.send(Setup(dataclasses.replace(job(model, tmp_path / "job"), optimizer=optimizer)))
+            ready = await until(worker, Ready)
+            assert sum("--learning-rate is not used" in note for note in ready.notes) == notes
+        await worker.send(TrainStep(Share(1, (as_rows(BATCHES[0]),))))
+        assert (await until(worker, StepDone)).learning_rate == told.learning_rate
+
+    with_worker(tmp_path / "job", work)
+
+
 ORPHAN = """
 import asyncio, pickle, sys
 from pathlib import Path
