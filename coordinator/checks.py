@@ -13,12 +13,8 @@ from coordinator.models import ResolvedModel
 from coordinator.update_rule import nearest
 from coordinator.weight_files import read_header, weight_shapes
 from node.errors import UserError
-
-# Model types that the worker's GGUF writer knows; a test compares them. It imports MLX, this side does not.
-GGUF_MODEL_TYPES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-    "gemma", "gemma2", "gemma3_text", "gemma3", "phi", "phi3",
-)  # fmt: skip
+from node.exports.folders import check_free
+from node.exports.kinds import COMPANIONS, GGUF_MODEL_TYPES, PEFT_FILES, PEFT_MODEL_TYPES, WEIGHTS
 
 # The path of a module inside its block, in the name of one of its tensors.
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<block>\d+)\.(?P<module>.+)\.[^.]+$")
@@ -62,6 +58,13 @@ def check_model(config: TrainConfig, model: ResolvedModel, *, resume: bool) -> l
     if config.export_gguf and kind not in GGUF_MODEL_TYPES:
         known = ", ".join(GGUF_MODEL_TYPES)
         raise UserError(f"--export-gguf: cannot write model type {kind!r}; leave it out (supported: {known})")
+    if config.fuse:
+        check_free(Path(config.save_path), (*WEIGHTS, *COMPANIONS))
+    if config.export_peft:
+        check_free(Path(config.export_peft), PEFT_FILES)
+        if config.fine_tune_type == "full" or kind not in PEFT_MODEL_TYPES:
+            what = "a full fine-tune" if config.fine_tune_type == "full" else f"adapters of model type {kind!r}"
+            raise UserError(f"--export-peft: PEFT has no form for {what}; leave it out")
     if config.fine_tune_type == "full":
         return []
     shape = architecture(model.config)

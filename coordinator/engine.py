@@ -21,7 +21,7 @@ from coordinator.program import Action, Program
 from coordinator.shares import Evaluation, StepSource
 from coordinator.stream import Advanced, Noted, Reader, Sampled, StepFinished, Validated
 from node import events
-from node.errors import OutOfMemory, TandemError, WorkerLost
+from node.errors import OutOfMemory, TandemError, WorkerError, WorkerLost
 from node.spec import CopyState, Evaluate, FileRef, Generate, Int32, JobSpec, Restore, Setup, TrainStep
 from node.supervisor import WorkerLink
 
@@ -455,7 +455,7 @@ class Engine:
                     self._take(event)
                     if isinstance(event, events.CopyFailed) and event.requested:
                         return
-        except WorkerLost as error:
+        except (WorkerError, OSError) as error:
             self._note("worker_lost", f"{error}; the checkpoint of step {self.saved_step} is the last", "warning")
 
     # --- talking to the worker ------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ from node.files import write_text_atomically
 from node.hardware import describe, facts
 from node.supervisor import LocalWorker, WorkerLink
 
+INITIAL_WEIGHTS = "initial.safetensors"
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -136,6 +138,10 @@ class _Job:
             result = await self._train(engine, ready, model, data)
         except StopRequested as error:
             raise self._interrupted(engine) from error
+        except UserError as error:
+            # The worker knows our copy of the file only.
+            kept, given = str(self.work_folder / INITIAL_WEIGHTS), self.config.resume_adapter_file
+            raise UserError(str(error).replace(kept, given or kept)) from error
         finally:
             await engine.close()
         shutil.rmtree(self.work_folder, ignore_errors=True)
@@ -257,7 +263,7 @@ class _Job:
             # A checkpoint holds all weights that are trained; the file that they began from may be gone by now.
             return dataclasses.replace(self.config, resume_adapter_file=None)
         self.work_folder.mkdir(parents=True, exist_ok=True)
-        kept = self.work_folder / "initial.safetensors"
+        kept = self.work_folder / INITIAL_WEIGHTS
         shutil.copyfile(given, kept)
         return dataclasses.replace(self.config, resume_adapter_file=str(kept))
 

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from coordinator.stream import Noted, RunEvent, RunFinished, RunStarted, Sampled, StepFinished, Tested, Validated
 from node.errors import UserError
@@ -42,7 +42,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
 
     @property
     def metrics(self) -> Path:
@@ -70,14 +70,14 @@ class RunFolder:
         return self.path / "report.html"
 
     def lock(self) -> None:
-        """Keep other runs out of this folder until this process ends.
+        """Keep other runs out of this folder until this process ends. The folder itself is locked: no file is left.
 
         Raises:
             UserError: another run is at work here, or the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = (self.path / ".lock").open("w")
+            handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise UserError(
                 f"--adapter-path {self.path}: {error.strerror}; choose a folder you may write to"
@@ -85,7 +85,7 @@ class RunFolder:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            handle.close()
+            os.close(handle)
             raise self._busy() from error
         self._lock = handle
 
@@ -96,12 +96,15 @@ class RunFolder:
             UserError: one is.
         """
         try:
-            with (self.path / ".lock").open() as handle:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return  # no such folder yet
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise self._busy() from error
-        except OSError:
-            return  # no lock file, or no locks on this file system: ``lock`` has the last word
+        finally:
+            os.close(handle)
 
     def _busy(self) -> UserError:
         return UserError(f"--adapter-path {self.path}: another run is writing here; choose another folder")
@@ -109,8 +112,7 @@ class RunFolder:
     def unlock(self) -> None:
         """Let others in."""
         if self._lock is not None:
-            # The file stays: whoever opened it meanwhile would else hold a lock that nobody sees.
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     def run_id(self) -> str | None:

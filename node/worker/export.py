@@ -16,35 +16,17 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model, load_tokenizer, save_config, save_model
 
 from node.errors import TandemError, UserError
+from node.exports.card import model_card, name_of
+from node.exports.folders import check_free, new_folder
+from node.exports.kinds import COMPANIONS, PEFT_FILES, WEIGHTS
 from node.files import write_text_atomically
 from node.spec import Fuse, ModelSpec
 from node.worker import tuning
-from node.worker.card import model_card, name_of
-from node.worker.folders import check_free, new_folder
 from node.worker.gguf import check_supported, write_gguf
 from node.worker.modelfile import modelfile
-from node.worker.peft import FILES as PEFT_FILES
 from node.worker.peft import check_peft, write_peft
 
 Progress = Callable[[str, int, int], None]
-
-# Beside the weights and config.json, all that makes a model folder: its tokenizer, its templates, its own code.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "*.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.py",
-)
-WEIGHTS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", "*.gguf", "Modelfile")
 
 
 def fuse(model: ModelSpec, request: Fuse, progress: Progress) -> tuple[str, ...]:

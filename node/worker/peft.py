@@ -10,37 +10,10 @@ from typing import Any
 import mlx.core as mx
 
 from node.errors import UserError
-from node.worker.card import name_of
+from node.exports.card import name_of
+from node.exports.kinds import PEFT_MODEL_TYPES
 
-# Model types whose modules have the same paths in mlx_lm as in transformers.
-SAME_PATHS = frozenset(
-    {
-        "cohere",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm4",
-        "granite",
-        "helium",
-        "internlm2",
-        "llama",
-        "minicpm",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
 PREFIX = "base_model.model."
-FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 # Routers too: transformers keeps their weights outside linear layers.
 EXPERTS = re.compile(r"\.switch_mlp\.|\.block_sparse_moe\.|\.mlp\.gate$|\.shared_expert_gate$")
 LAYER = re.compile(r"^(?P<stem>.*\blayers)\.(?P<number>\d+)\.(?P<inner>.+)$")
@@ -111,7 +84,7 @@ def _parts(adapter: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[
     if settings.get("fine_tune_type", "lora") == "full":
         raise UserError("--export-peft: this is a full fine-tune, not an adapter; export the fused model instead")
     model_type = str(config.get("model_type", ""))
-    if model_type not in SAME_PATHS:
+    if model_type not in PEFT_MODEL_TYPES:
         raise UserError(f"--export-peft: the names of {model_type!r} modules are not known to agree with transformers'")
     modules: dict[str, dict[str, mx.array]] = {}
     for name, value in weights.items():

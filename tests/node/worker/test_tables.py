@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
 
-from coordinator.checks import GGUF_MODEL_TYPES
 from coordinator.update_rule import ARGUMENTS, SCHEDULES, check_arguments, check_schedule
+from node.exports.kinds import GGUF_MODEL_TYPES
 from node.spec import OptimizerSpec
 from node.worker.gguf import SUPPORTED
 from node.worker.optimizer import CLASSES, Optimizer, learning_rates

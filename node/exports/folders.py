@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from node.errors import UserError
+from node.exports.card import is_ours
 from node.files import sync_folder
-from node.worker.card import is_ours
 
 
 @contextmanager
