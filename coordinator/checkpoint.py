@@ -122,8 +122,6 @@ class Checkpoints:
         partial.mkdir(parents=True)
         weights = dataclasses.replace(copied.weights, name=WEIGHTS)
         optimizer = dataclasses.replace(copied.optimizer, name=OPTIMIZER)
-        link_or_copy(copies / copied.weights.name, partial / WEIGHTS)
-        link_or_copy(copies / copied.optimizer.name, partial / OPTIMIZER)
         description = {
             "version": VERSION,
             "progress": dataclasses.asdict(progress),
@@ -131,7 +129,13 @@ class Checkpoints:
             "optimizer": dataclasses.asdict(optimizer),
             "scheduled": scheduled,
         }
-        write_text_atomically(partial / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+        try:
+            link_or_copy(copies / copied.weights.name, partial / WEIGHTS)
+            link_or_copy(copies / copied.optimizer.name, partial / OPTIMIZER)
+            write_text_atomically(partial / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # half of it only takes room on a disk that has none
+            raise
         sync_folder(partial)
         # A power loss must not leave a checkpoint whose steps are missing in the metrics.
         sync_file(self._folder.metrics)

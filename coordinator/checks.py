@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 from coordinator.config import TrainConfig
 from coordinator.data.tokenset import TokenSet
-from coordinator.estimate.architecture import Architecture, architecture
+from coordinator.estimate.architecture import Architecture, architecture, has_experts
 from coordinator.models import ResolvedModel
 from coordinator.update_rule import nearest
 from coordinator.weight_files import read_header, weight_shapes
@@ -32,14 +33,16 @@ def check_options(config: TrainConfig, *, resume: bool) -> None:
         raise UserError(f"--nodes {config.nodes}: no such node found; use auto or local for this machine")
     # A resumed run began from these weights perhaps, but needs them no more.
     if config.resume_adapter_file and not resume and not Path(config.resume_adapter_file).is_file():
-        raise UserError(f"--resume-adapter-file {config.resume_adapter_file}: no such file")
+        folder = Path(config.resume_adapter_file).is_dir()
+        what = "a folder; name the adapters.safetensors in it" if folder else "no such file"
+        raise UserError(f"--resume-adapter-file {config.resume_adapter_file}: {what}")
     if config.val_batches == 0:
         for option, given in (("--early-stop", config.early_stop), ("--sample-prompt", config.sample_prompt)):
             if given:
                 raise UserError(f"{option} needs validations; --val-batches 0 turns them off")
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report-to {name}: not installed; pip install {name}")
+            raise UserError(f"--report-to {name}: not installed; {sys.executable} -m pip install {name}")
     if not config.fuse and (config.upload_repo or config.dequantize):
         option = "--upload-repo" if config.upload_repo else "--dequantize"
         raise UserError(f"{option} needs --fuse: it is the fused model that it is about")
@@ -65,8 +68,12 @@ def check_model(config: TrainConfig, model: ResolvedModel, *, resume: bool) -> l
         if config.fine_tune_type == "full" or kind not in PEFT_MODEL_TYPES:
             what = "a full fine-tune" if config.fine_tune_type == "full" else f"adapters of model type {kind!r}"
             raise UserError(f"--export-peft: PEFT has no form for {what}; leave it out")
+        if config.lora_keys is None and has_experts(model.config):
+            raise UserError("--export-peft: PEFT has no form for adapters of experts; leave it out, or set --lora-keys")
     if config.fine_tune_type == "full":
         return []
+    if config.fine_tune_type == "dora" and config.lora_keys is None and has_experts(model.config):
+        raise UserError("--fine-tune-type dora: expert layers have no DoRA; use lora, or set --lora-keys to the others")
     shape = architecture(model.config)
     if config.lora_rank > shape.hidden:
         raise UserError(

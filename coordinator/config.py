@@ -70,7 +70,9 @@ class TrainConfig:
     warmup: int | None = option(
         None, "Steps of linear warm-up (default 100, or a tenth of --iters when that is less).", minimum=0
     )
-    lr_schedule: dict[str, Any] | None = option(None, "Schedule, in mlx_lm's YAML form.", yaml_only=True)
+    lr_schedule: dict[str, Any] | None = option(
+        None, "Schedule: {name: cosine_decay, arguments: [1e-5, 900], warmup: 9}."
+    )
     optimizer: str = option("adam", "Update rule.", choices=OPTIMIZERS)
     optimizer_config: dict[str, Any] = option({}, "Further arguments, by optimizer name.", yaml_only=True)
     max_grad_norm: float = option(0.0, "Clip the global gradient norm to this; 0 is off.", minimum=0)
@@ -150,6 +152,8 @@ class TrainConfig:
         if self.hf_dataset is not None and not isinstance(self.hf_dataset, dict | list):
             raise UserError("hf_dataset: give a mapping with path, or a list of them")
         check_arguments(self.optimizer_config)
+        if self.lora_scale is not None and self.lora_alpha != TrainConfig.lora_alpha:
+            raise UserError("--lora-scale and --lora-alpha exclude each other; give one of them")
         if self.lr_schedule is not None:
             check_schedule(self.lr_schedule)
             if self.warmup is not None and self.lr_schedule.get("warmup"):

@@ -23,6 +23,19 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-5 as text and 010 as 8; people mean numbers in tens."""
 
 
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping; of two equal keys YAML would silently take the last."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        seen.add(str(key.value))
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     try:
         return int(node.value)
@@ -48,8 +61,21 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def parse_mapping(text: str) -> dict[str, Any] | None:
+    """A mapping in YAML or JSON; None when the text is none."""
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_yaml(path: Path, *, to_train: bool = False) -> dict[str, Any]:
     """The options in a YAML file, by our names.
+
+    Args:
+        path: the file.
+        to_train: refuse a file that says ``train: false``, with which ``mlx_lm`` only evaluates.
 
     Raises:
         UserError: not readable, not YAML, or a key that is no option.
@@ -71,6 +97,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         name = ALIASES.get(name, name)
+        if name == "train" and value is False and to_train:
+            raise UserError(f"--config {path}: it says train: false; to evaluate only: coordinator test -c {path}")
+        if name == "wandb":  # of older mlx_lm: the project's name
+            options |= {"report_to": ("wandb",), "project_name": value} if value else {}
+            continue
         if name in ACCEPTED:
             continue
         if name not in known:

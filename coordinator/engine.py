@@ -18,19 +18,20 @@ from typing import Any, Protocol, TypeVar
 
 from coordinator.checkpoint import Checkpoint, Checkpoints, Progress, link_or_copy
 from coordinator.program import Action, Program
+from coordinator.prompts import SamplePrompt
 from coordinator.shares import Evaluation, StepSource
 from coordinator.stream import Advanced, Noted, Reader, Sampled, StepFinished, Validated
+from coordinator.summing import sum_losses
+from coordinator.workers import SILENCE_SECONDS
 from node import events
 from node.errors import OutOfMemory, TandemError, WorkerError, WorkerLost
-from node.spec import CopyState, Evaluate, FileRef, Generate, Int32, JobSpec, Restore, Setup, TrainStep
+from node.spec import CopyState, Evaluate, FileRef, Generate, JobSpec, Restore, Setup, TrainStep
 from node.supervisor import WorkerLink
 
 STEPS_AHEAD = 4
-SILENCE_SECONDS = 60.0
 SECOND_LOOK_SECONDS = 2.0
 # So many worker deaths without a new step in between end the run: something is wrong that restarting does not mend.
-DEATHS_WITHOUT_PROGRESS = 3
-
+DEATHS_WITHOUT_PROGRESS = 5
 
 _E = TypeVar("_E", bound=events.Event)
 _T = TypeVar("_T")
@@ -45,16 +46,6 @@ class Text(Protocol):
 
     def __call__(self, tokens: list[int]) -> str:
         """The text of these tokens."""
-
-
-@dataclass(frozen=True)
-class SamplePrompt:
-    """A prompt to continue at each validation."""
-
-    text: str
-    tokens: Int32
-    stop: tuple[int, ...]
-    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -135,14 +126,30 @@ class Engine:
         self._pending.extend(work.program.actions(self.progress.step, self.progress.validated_step))
 
     async def prepare(self) -> events.Ready:
-        """Start the first worker and have it load the model.
+        """Start a worker and have it load the model; another one when it dies of that.
 
         Raises:
             TandemError: it could not.
         """
-        self._link = await self._start()
-        await self._link.send(Setup(self._work.job))
-        return await self._expect(events.Ready)
+        while True:
+            self._link = await self._start()
+            try:
+                await self._send(Setup(self._work.job))
+                return await self._expect(events.Ready)
+            except WorkerLost as error:
+                await self._lose(error)
+
+    async def _lose(self, error: WorkerLost) -> None:
+        """Let a worker go that died; too many deaths in a row are not mended by yet another."""
+        await self.close()
+        self._deaths += 1
+        if self._deaths >= DEATHS_WITHOUT_PROGRESS:
+            step = self.progress.step + 1
+            raise TandemError(
+                f"{error}; it died {self._deaths} times at step {step}, perhaps for want of memory:"
+                " close other programs or take a smaller --batch-size"
+            ) from error
+        self._note("worker_lost", f"{error}; starting another", "warning", step=self.progress.step)
 
     async def run(self) -> None:
         """Do everything that is left to do.
@@ -192,33 +199,21 @@ class Engine:
                 self._note("memory", f"{error}; going on with smaller micro-batches", "warning")
                 ready, restored, self._restarted = False, False, True
             except WorkerLost as error:
-                await self.close()
-                self._deaths += 1
-                if self._deaths >= DEATHS_WITHOUT_PROGRESS:
-                    raise WorkerLost(
-                        f"{error}; it died {self._deaths} times at step {self.progress.step + 1}"
-                    ) from error
-                self._note("worker_lost", f"{error}; starting another", "warning", step=self.progress.step)
+                await self._lose(error)
                 ready, restored, self._restarted = False, False, True
 
     async def evaluate(self, evaluation: Evaluation, task: str) -> tuple[float, int]:
         """Sum of losses and number of target tokens of a data set, added in chunk order."""
         first = self._chunk
         self._chunk += len(evaluation)
-        sums: dict[int, tuple[float, int]] = {}
-        sent = 0
-        while len(sums) < len(evaluation):
-            while sent < len(evaluation) and sent - len(sums) < STEPS_AHEAD:
-                await self._send(Evaluate(first + sent, evaluation.chunk(sent)))
-                sent += 1
-            event = await self._next()
-            if isinstance(event, events.EvalDone) and event.chunk >= first:
-                sums[event.chunk] = (event.loss_sum, event.tokens)
-                self._reader.handle(Advanced(task, len(sums), len(evaluation)))
-            else:
-                self._take(event)
-        ordered = [sums[chunk] for chunk in sorted(sums)]
-        return math.fsum(loss for loss, _ in ordered), sum(tokens for _, tokens in ordered)
+        return await sum_losses(
+            evaluation,
+            first,
+            self._send,
+            self._next,
+            advance=lambda done, total: self._reader.handle(Advanced(task, done, total)),
+            pass_on=self._take,
+        )
 
     async def close(self) -> None:
         """Let the worker go."""
@@ -275,8 +270,8 @@ class Engine:
         if not math.isfinite(loss) or not math.isfinite(done.grad_norm):
             what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient norm became {done.grad_norm}"
             raise TandemError(
-                f"the {what} at step {done.step}: lower --learning-rate or set --max-grad-norm;"
-                " the checkpoints before it are good"
+                f"the {what} at step {done.step}: lower --learning-rate or set --max-grad-norm"
+                + ("; the checkpoints before it are good" if self.saved_step else "")
             )
         program = self._work.program
         self._deaths = 0

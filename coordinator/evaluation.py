@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,13 +21,11 @@ from coordinator.home import token_cache
 from coordinator.models import ResolvedModel, resolve
 from coordinator.shares import Evaluation
 from coordinator.stream import Advanced, Noted, Reader
+from coordinator.summing import sum_losses
 from coordinator.workers import next_event, task_worker
 from node.errors import OutOfMemory, UserError
-from node.events import EvalDone
-from node.spec import Evaluate, ModelSpec
-from node.supervisor import WorkerLink
+from node.spec import ModelSpec
 
-CHUNKS_AHEAD = 4
 # Options that a run's own record answers for when they are not said.
 FROM_RUN = (
     "data",
@@ -135,7 +132,14 @@ async def test(options: TestOptions, view: Reader) -> TestResult:
     try:
         async with task_worker(spec, view) as worker:
             began = time.monotonic()
-            loss_sum, count = await evaluate(worker, evaluation, view, "testing")
+            loss_sum, count = await sum_losses(
+                evaluation,
+                0,
+                worker.send,
+                lambda: next_event(worker),
+                advance=lambda done, total: view.handle(Advanced("testing", done, total)),
+                pass_on=lambda _: None,
+            )
             seconds = time.monotonic() - began
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}; try a smaller --batch-size or --max-seq-length") from error
@@ -153,22 +157,6 @@ async def test(options: TestOptions, view: Reader) -> TestResult:
         data=config.data,
         split=options.split,
     )
-
-
-async def evaluate(worker: WorkerLink, evaluation: Evaluation, view: Reader, task: str) -> tuple[float, int]:
-    """Sum of losses and number of target tokens; chunks are sent a few ahead and added in their order."""
-    sums: dict[int, EvalDone] = {}
-    sent = 0
-    while len(sums) < len(evaluation):
-        while sent < len(evaluation) and sent - len(sums) < CHUNKS_AHEAD:
-            await worker.send(Evaluate(sent, evaluation.chunk(sent)))
-            sent += 1
-        event = await next_event(worker)
-        if isinstance(event, EvalDone):
-            sums[event.chunk] = event
-            view.handle(Advanced(task, len(sums), len(evaluation)))
-    ordered = [sums[chunk] for chunk in sorted(sums)]
-    return math.fsum(done.loss_sum for done in ordered), sum(done.tokens for done in ordered)
 
 
 def _settled(options: TestOptions, adapter: Adapter | None) -> TrainConfig:

@@ -39,7 +39,8 @@ def new_job_folder(name: str) -> Path:
         if pid.isdecimal() and not _is_running(int(pid)):
             for copy in folder.glob("*.safetensors"):
                 copy.unlink(missing_ok=True)
-            if time.time() - folder.stat().st_mtime > LOG_SECONDS:
+            logged = any(log.stat().st_size for log in folder.glob("*.log"))
+            if not logged or time.time() - folder.stat().st_mtime > LOG_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
     return jobs / f"{name}-pid{os.getpid()}-{secrets.token_hex(2)}"
 

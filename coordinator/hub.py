@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.weight_files import Shapes
-from node.errors import TandemError, UserError
+from node.errors import TandemError, UserError, one_line
 
 Progress = Callable[[str, int, int], None]
 """Is told how far a download is: task, bytes done, bytes in all."""
@@ -112,7 +112,7 @@ def explained(repository: str, revision: str | None, error: Exception) -> Tandem
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return UserError(f"no room on the disk for {repository}; free some, or set HF_HOME to a larger one")
-    return TandemError(f"downloading {repository} failed: {' '.join(str(error).split())}; run the same command again")
+    return TandemError(f"downloading {repository} failed: {one_line(error)}; run the same command again")
 
 
 def _is_offline(error: Exception) -> bool:

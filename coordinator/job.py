@@ -164,7 +164,10 @@ class _Job:
         checkpoints.sweep()
         checkpoint = checkpoints.newest_intact(damaged)
         if checkpoint is None:
-            raise UserError(f"--resume: no usable checkpoint in {self.folder.checkpoints}; start without --resume")
+            raise UserError(
+                f"--resume: no usable checkpoint in {self.folder.checkpoints}; start without --resume, perhaps with"
+                " --resume-adapter-file to begin from the weights of an older one"
+            )
         return checkpoint
 
     def _prepare(self, model: ResolvedModel) -> dict[str, TokenSet]:
@@ -225,7 +228,8 @@ class _Job:
             steps_per_report=config.steps_per_report,
             validates=validation is not None,
         )
-        for warning in check_memory(config, model, train.longest):
+        largest = dataclasses.replace(config, batch_size=min(config.batch_size, len(train)))
+        for warning in check_memory(largest, model, train.longest):
             self.reader.handle(Noted("warning", warning, "warning"))
         if resumed is not None and self.program.last_iter(resumed.progress.step) != resumed.progress.iteration:
             raise UserError(
@@ -234,7 +238,7 @@ class _Job:
                 " with --resume-adapter-file"
             )
         steps = StepSource(train, self.batches, self.program)
-        steps.token_limit = fitting_tokens(config, model, train.longest)
+        steps.token_limit = fitting_tokens(largest, model, train.longest)
         if validation is not None:
             validation.limit_tokens(steps.token_limit)
         # Loading a tokenizer takes seconds; a resumed run with cached tokens and no samples needs none.
@@ -337,7 +341,7 @@ class _Job:
             )
         )
         for note in ready.notes:
-            self.reader.handle(Noted("warning", note, "warning"))
+            self.reader.handle(Noted("model", note))
         try:
             await engine.run()
             return await self._finish(engine, model, data)
@@ -365,7 +369,6 @@ class _Job:
             ("nodes", f"this machine alone: {describe(facts())}"),
             ("method", method),
             ("data", rows),
-            ("run", f"{self.run_id} in {self.folder.path}"),
         ]
         if engine.progress.step:
             lines.append(("resumed", f"from step {engine.progress.step} of {self.program.total_steps}"))
@@ -460,14 +463,14 @@ class _Job:
     def _signals(self) -> Iterator[None]:
         """First Ctrl-C: finish the running step, save, end. Second: leave at once; what is on disk is whole."""
         loop = asyncio.get_running_loop()
-        handled = (signal.SIGINT, signal.SIGTERM)
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
         def on_signal() -> None:
             if self.stop.is_set():
                 self.view.close()
                 os._exit(Interrupted.exit_code)
             self.stop.set()
-            line = "stopping after the running step; Ctrl-C again leaves at once"
+            line = "stopping; Ctrl-C again leaves at once"
             self.reader.handle(Noted("stopping", line))
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ SHORT_ROW = 128
 """Tokens of the longest row that are assumed while the data is not read yet."""
 SYSTEM_SHARE = 0.1
 """Part of the memory that is left to the system where no limit of the GPU says so."""
-SPARE_DISK_BYTES = 200 << 20
+SPARE_DISK_BYTES = 64 << 20
 
 _UNITS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -42,6 +43,8 @@ def parse_size(value: str | float, option: str = "size") -> int:
 def show_size(size: float) -> str:
     """Bytes for people: ``11.4 GB``."""
     gigabytes = size / GIB
+    if gigabytes < 0.1:
+        return f"{size / (1 << 20):.0f} MB"
     return f"{gigabytes:.0f} GB" if gigabytes >= 100 else f"{gigabytes:.1f} GB"
 
 
@@ -151,10 +154,14 @@ def fitting_tokens(config: TrainConfig, model: ResolvedModel, longest: int, foun
     if limit is None:
         return None
     shapes = weight_shapes(model.path)
-    for rows in range(config.batch_size, 0, -1):
-        if estimate(model.config, shapes, estimate_options(config, longest, rows)).total <= limit:
-            return None if rows == config.batch_size else rows * longest
-    return longest
+
+    def fits(rows: int) -> bool:
+        return estimate(model.config, shapes, estimate_options(config, longest, rows)).total <= limit
+
+    if fits(config.batch_size):
+        return None
+    # More rows never need less: the largest number that fits lies where the answer changes.
+    return max(1, bisect.bisect_left(range(1, config.batch_size), x=True, key=lambda rows: not fits(rows))) * longest
 
 
 def disk_bytes(config: TrainConfig, model: ResolvedModel) -> int:
@@ -182,8 +189,9 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(_existing(folder)).free
     if free < needed_bytes + SPARE_DISK_BYTES:
         raise UserError(
-            f"{folder}: the disk has {show_size(free)} free, this run writes about {show_size(needed_bytes)};"
-            " free some, pass --keep-last 2, or choose another folder"
+            f"{folder}: the disk has {show_size(free)} free, this run needs about"
+            f" {show_size(needed_bytes + SPARE_DISK_BYTES)}; free some, keep fewer checkpoints (--keep-last 1), or"
+            " choose another folder"
         )
 
 

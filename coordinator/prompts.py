@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,18 @@ import numpy as np
 
 from coordinator.config import TrainConfig
 from coordinator.data.tokenizer import load_tokenizer
-from coordinator.engine import SamplePrompt
-from node.errors import UserError
+from node.errors import UserError, one_line
 from node.spec import Int32
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A prompt to continue at each validation."""
+
+    text: str
+    tokens: Int32
+    stop: tuple[int, ...]
+    max_tokens: int
 
 
 class Prompter:
@@ -52,7 +62,7 @@ class Prompter:
                 list(messages), add_generation_prompt=True, tokenize=False, **options
             )
         except Exception as error:  # templates are the model's own code and raise what they like
-            raise UserError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from error
+            raise UserError(f"the chat template refuses this conversation: {one_line(error)}") from error
         return _array(self._tokenizer.encode(rendered, add_special_tokens=False), "the conversation is empty")
 
     def prompt(self, text: str) -> Int32:

@@ -34,7 +34,7 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
         UserError: there is no run to resume, or an option is said that would make it another run.
     """
     run = RunFolder(folder)
-    if run.run_id() is None or not run.config.exists():
+    if not run.config.exists() or (run.run_id() is None and not run.checkpoints.exists()):
         raise UserError(f"--resume: {folder} holds no run; give its folder with --adapter-path, or leave --resume out")
     before = read_yaml(run.config)
     said = {name: value for name, value in given.items() if value is not None}

@@ -177,13 +177,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 class Recorder:
     """The reader that writes ``metrics.jsonl`` and ``events.jsonl``.
 
-    A disk that is full stops no training: it is told once, through ``complain``, and tried again at every line.
+    A disk that is full stops no training: it is told once, through ``complain``. Lines that could not be written wait,
+    and are tried again with the next one.
     """
 
     def __init__(self, folder: RunFolder, complain: Callable[[str], None]) -> None:
         self._folder = folder
         self._complain = complain
         self._complained = False
+        self._waiting: dict[Path, list[bytes]] = {}
 
     def handle(self, event: RunEvent) -> None:
         """Append what belongs to one of the files."""
@@ -211,17 +213,30 @@ class Recorder:
         """Nothing is held open between lines."""
 
     def _append(self, path: Path, entry: dict[str, Any]) -> None:
-        line = (json.dumps(entry) + "\n").encode()
+        """Write a line, after those that could not be written before."""
+        waiting = self._waiting.setdefault(path, [])
+        waiting.append((json.dumps(entry) + "\n").encode())
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                written = os.write(handle, line)
-                if written < len(line):
-                    os.ftruncate(handle, os.fstat(handle).st_size - written)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(handle)
+            while waiting:
+                _append_whole(path, waiting[0])
+                waiting.pop(0)
         except OSError as error:
             if not self._complained:
                 self._complained = True
-                self._complain(f"cannot write {path}: {error.strerror}; training goes on without it")
+                self._complain(f"cannot write {path}: {error.strerror}; training goes on, it is tried again later")
+
+
+def _append_whole(path: Path, line: bytes) -> None:
+    """Append a line, or nothing of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        written = os.write(handle, line)
+        if written < len(line):
+            os.ftruncate(handle, os.fstat(handle).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(handle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from node.errors import TandemError, UserError
+from node.errors import TandemError, UserError, one_line
 from node.files import write_text_atomically
 
 
@@ -52,7 +52,7 @@ def upload(folder: Path, repo: str, base_model: str = "") -> str:
     except HfHubHTTPError as error:
         raise _explained(repo, error) from error
     except no_connection as error:
-        raise TandemError(f"cannot upload to {repo}: {_one_line(error)}; the model is whole in {folder}") from error
+        raise TandemError(f"cannot upload to {repo}: {one_line(error)}; the model is whole in {folder}") from error
     return str(address)
 
 
@@ -82,8 +82,4 @@ def _explained(repo: str, error: Any) -> TandemError:
         return UserError(f"cannot upload to {repo}: your token may not write there; use one with write permission")
     if status == 404:
         return UserError(f"cannot upload to {repo}: no such owner on the Hub, or your token cannot see it")
-    return TandemError(f"cannot upload to {repo}: the Hub answered {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return TandemError(f"cannot upload to {repo}: the Hub answered {one_line(error)}")

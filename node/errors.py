@@ -83,3 +83,9 @@ def mentions_memory(text: str) -> bool:
     """Whether this message of MLX, Python or the system says that memory ran out."""
     lowered = text.lower()
     return any(word in lowered for word in _MEMORY_WORDS)
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """What an exception says, on one line and not too long; its type when it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 3] + "..."

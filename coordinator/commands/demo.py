@@ -15,20 +15,22 @@ import click
 
 from node.errors import Interrupted, UserError
 
+HELP = """The whole story on this machine, offline, in about a minute.
 
-@click.command("demo")
+Makes a small model and a data set, trains, tests, fuses, exports GGUF, and asks before and after.
+
+\b
+Examples:
+  coordinator demo
+  coordinator demo --keep demo_files
+"""
+
+
+@click.command("demo", help=HELP)
 @click.option("--keep", metavar="FOLDER", help="Keep everything it makes in this new folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end; what happens goes to stderr.")
 def demo(keep: str | None, as_json: bool) -> None:
-    r"""The whole story on this machine, offline, in about a minute.
-
-    Makes a small model and a data set, trains, tests, fuses, exports GGUF, and asks before and after.
-
-    \b
-    Examples:
-      coordinator demo
-      coordinator demo --keep demo_files
-    """
+    """Tell the story."""
     from coordinator.demo.story import tell
 
     began = time.monotonic()

@@ -12,7 +12,7 @@ import click
 from coordinator.config import OPTIMIZERS
 from coordinator.estimate import Advice, Estimate, EstimateOptions, advise
 from coordinator.estimate import estimate as estimate_memory
-from coordinator.estimate.architecture import architecture
+from coordinator.estimate.architecture import architecture, has_experts
 from coordinator.estimate.weights import quantization
 from coordinator.models import Peek, peek
 from coordinator.preflight import memory_limit, parse_size, show_size
@@ -65,17 +65,19 @@ def estimate(model: str, memory: str | None, as_json: bool, **chosen: Any) -> No
 def methods(seen: Peek, options: EstimateOptions) -> list[tuple[str, EstimateOptions]]:
     """The methods that this model can be trained by, by name."""
     bits, _ = quantization(seen.config)
-    if bits:
-        return [
-            (f"lora {bits}-bit", replace(options, fine_tune_type="lora")),
-            (f"dora {bits}-bit", replace(options, fine_tune_type="dora")),
-        ]
-    return [
+    found = [
         ("lora 4-bit", replace(options, fine_tune_type="lora", bits=4)),
         ("lora", replace(options, fine_tune_type="lora")),
         ("dora", replace(options, fine_tune_type="dora")),
         ("full", replace(options, fine_tune_type="full")),
     ]
+    if bits:
+        found = [
+            (f"lora {bits}-bit", replace(options, fine_tune_type="lora")),
+            (f"dora {bits}-bit", replace(options, fine_tune_type="dora")),
+        ]
+    # Experts have no DoRA in mlx_lm.
+    return [(name, chosen) for name, chosen in found if not (name.startswith("dora") and has_experts(seen.config))]
 
 
 def _machine(memory: str | None) -> Facts:

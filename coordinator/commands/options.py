@@ -26,6 +26,23 @@ class CommaSeparated(click.ParamType[Any]):
         return tuple(word.strip() for word in str(value).split(",") if word.strip())
 
 
+class YamlMapping(click.ParamType[Any]):
+    """A mapping, written as YAML or JSON."""
+
+    name = "mapping"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The mapping."""
+        if isinstance(value, dict):
+            return value
+        from coordinator.config_file import parse_mapping
+
+        found = parse_mapping(str(value))
+        if found is None:
+            self.fail(f"{value!r} is no mapping; write {{name: cosine_decay, arguments: [1e-5, 900]}}", param, ctx)
+        return found
+
+
 class GroupedCommand(click.Command):
     """A command whose help lists options under headings."""
 
@@ -90,6 +107,8 @@ def _option(item: dataclasses.Field[Any]) -> click.Option:
         else:
             options["type"] = CommaSeparated()
             options["metavar"] = "WORD,WORD"
+    elif kind.startswith("dict"):
+        options["type"] = YamlMapping()
     elif "choices" in item.metadata:
         options["type"] = click.Choice(item.metadata["choices"])
     else:

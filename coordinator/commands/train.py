@@ -11,6 +11,7 @@ from coordinator.commands.options import GroupedCommand, config_options, groups
 from coordinator.config import TrainConfig
 from coordinator.config_file import merge, read_yaml
 from coordinator.resume import resumed_config
+from node.errors import UserError
 
 HELP = """Fine-tune a model.
 
@@ -34,15 +35,32 @@ _HEADINGS = {
 }
 
 
-def run(config: str | None, resume: bool, quiet: bool, as_json: bool, plain: bool, train: bool, **flags: Any) -> None:
+def run(
+    config: str | None,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    plain: bool,
+    train: bool,
+    wandb: str | None,
+    **flags: Any,
+) -> None:
     """Start a run, or go on with one."""
-    del train  # mlx_lm asks for it; this command does nothing else
     from coordinator.api import train as start
     from coordinator.view import ViewMode, make_view
     from node.hardware import facts
 
-    file_options = read_yaml(Path(config)) if config else {}
+    if wandb:
+        flags |= {"report_to": ("wandb",), "project_name": wandb}
+    file_options = read_yaml(Path(config), to_train=not train) if config else {}
     options = load(file_options, flags, resume=resume)
+    adapter = Path(options.adapter_path) / "adapters.safetensors"
+    if flags["test"] and not (train or resume or config) and adapter.exists():
+        # mlx_lm only evaluates then; training anew would give the loss of another adapter.
+        raise UserError(
+            f"--test without --train, and {adapter} is there: to evaluate it use coordinator test --adapter-path"
+            f" {options.adapter_path}; to train anew and test then, add --train"
+        )
     mode: ViewMode = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
     start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume)
 
@@ -68,5 +86,6 @@ train = GroupedCommand(
         click.Option(["--plain"], is_flag=True, help="Print lines even in a terminal."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object per event."),
         click.Option(["--train"], is_flag=True, hidden=True),
+        click.Option(["--wandb"], hidden=True),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 from coordinator.data.formats import SHAREGPT_KEY
 from coordinator.data.rows import Features
 from coordinator.data.source import STANDARD, DataFile, DataSource, Split, local_source
-from node.errors import UserError
+from node.errors import UserError, one_line
 from node.files import replacing
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
@@ -80,7 +80,8 @@ def find_source(
     if hf_dataset:
         return hub_source(read_hub_datasets(hf_dataset), cache, progress, splits)
     folder = Path(data).expanduser()
-    if folder.exists() or data == "data" or not HUB_NAME.match(data):
+    # Data sets on the Hub are called owner/name; a bare word is a folder that is not there.
+    if folder.exists() or "/" not in data or not HUB_NAME.match(data):
         return local_source(folder, features)
     return named_source(data, features, cache, progress, splits)
 
@@ -171,7 +172,7 @@ def _load(path: str, split: str | None, config: dict[str, Any]) -> Any:
             raise UserError(
                 f"cannot reach the Hugging Face Hub for the data set {path}; check the network, or give a folder"
             ) from error
-        raise UserError(f"cannot load the data set {path}: {_one_line(error)}") from error
+        raise UserError(f"cannot load the data set {path}: {one_line(error)}") from error
 
 
 def _is_network(error: BaseException) -> bool:
@@ -252,8 +253,3 @@ def _without_null(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_null(inner) for inner in value]
     return value
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -107,6 +107,8 @@ class RowTokeniser:
         tokens = self._encode(self._chat_template().render(row.messages, row.tools))
         if self.options.mask == "all":
             return self._cut(tokens, None)
+        if row.messages[-1]["role"] != "assistant":
+            return self._cut(tokens, [])  # there is no answer to train on
         return self._cut(tokens, [(max(1, self._prompt_length(row)), len(tokens))])
 
     def _text(self, text: str) -> list[int]:
@@ -128,8 +130,7 @@ class RowTokeniser:
         before = row.messages[:-1]
         if not before:
             return 0
-        answer = row.messages[-1]["role"] == "assistant"
-        return len(self._encode(self._chat_template().render(before, row.tools, answer_next=answer)))
+        return len(self._encode(self._chat_template().render(before, row.tools, answer_next=True)))
 
     def _cut(self, tokens: list[int], spans: Sequence[tuple[int, int]] | None) -> TokenisedRow:
         length = min(len(tokens), self.options.max_seq_length)

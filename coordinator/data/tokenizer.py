@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from coordinator.data.messages import with_string_arguments
 from coordinator.data.rows import BadRow, Message
-from node.errors import UserError
+from node.errors import UserError, one_line
 
 # What a repository's tokenizer is made of, and what decides which tokens it gives.
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "*.jsonl")
@@ -76,7 +76,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:
-        raise UserError(f"cannot load the tokenizer in {path}: {_one_line(error)}") from error
+        raise UserError(f"cannot load the tokenizer in {path}: {one_line(error)}") from error
     if len(loaded) == 0:
         raise UserError(f"the tokenizer in {path} has no tokens: tokenizer.json is missing; fetch the model again")
     return loaded
@@ -90,12 +90,7 @@ def _check_json(path: Path) -> None:
             if file.exists():
                 json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} is broken ({_one_line(error)}); fetch the model again") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+            raise UserError(f"{file} is broken ({one_line(error)}); fetch the model again") from error
 
 
 def find_tokenizer(model: str) -> Path:
@@ -112,7 +107,7 @@ def find_tokenizer(model: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:
-        raise UserError(f"no folder {model}, and its tokenizer cannot be fetched: {_one_line(error)}") from error
+        raise UserError(f"no folder {model}, and its tokenizer cannot be fetched: {one_line(error)}") from error
 
 
 def vocabulary_size(path: Path) -> int | None:
@@ -127,7 +122,7 @@ def vocabulary_size(path: Path) -> int | None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is broken ({_one_line(error)}); fetch the model again") from error
+        raise UserError(f"{file} is broken ({one_line(error)}); fetch the model again") from error
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     size = config.get("vocab_size", text.get("vocab_size"))
     return size if isinstance(size, int) else None
@@ -187,10 +182,10 @@ class ChatTemplate:
         except Exception as error:
             if any(message.get("tool_calls") for message in messages) and isinstance(error, TypeError):
                 return self._apply_with_strings(messages, error, options)
-            raise BadRow(f"the chat template refuses it: {_one_line(error)}") from error
+            raise BadRow(f"the chat template refuses it: {one_line(error)}") from error
 
     def _apply_with_strings(self, messages: Sequence[Message], first: Exception, options: dict[str, Any]) -> Any:
         try:
             return self.tokenizer.apply_chat_template(with_string_arguments(tuple(messages)), **options)
         except Exception as error:
-            raise BadRow(f"the chat template refuses it: {_one_line(first)}") from error
+            raise BadRow(f"the chat template refuses it: {one_line(first)}") from error

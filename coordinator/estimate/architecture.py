@@ -49,6 +49,11 @@ class Linear:
         return self.inputs * self.outputs * self.copies
 
 
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether the model is a mixture of experts."""
+    return bool(_number(config, "experts"))
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The widths that memory depends on.

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model, load_tokenizer, save_config, save_model
 
-from node.errors import TandemError, UserError
+from node.errors import TandemError, UserError, one_line
 from node.exports.card import model_card, name_of
 from node.exports.folders import check_free, new_folder
 from node.exports.kinds import COMPANIONS, PEFT_FILES, WEIGHTS
@@ -185,4 +185,4 @@ def _tokenizer(spec: ModelSpec, config: dict[str, Any]) -> Any:
     try:
         return load_tokenizer(Path(spec.path), extra, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # tokenizer code of any origin may raise anything
-        raise UserError(f"cannot load the tokenizer in {spec.path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot load the tokenizer in {spec.path}: {one_line(error)}") from error

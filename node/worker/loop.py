@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters, maybe_set_recommended_wired_limit
 
-from node.errors import OutOfMemory, UserError
+from node.errors import OutOfMemory, UserError, one_line
 from node.events import (
     EvalDone,
     Failed,
@@ -186,7 +186,7 @@ def _adapter_size(model: nn.Module) -> int:
 
 
 def _failure(error: Exception) -> Failed:
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(error, 2000)
     kind: FailureKind = "internal"
     if isinstance(error, UserError):
         kind = "user"

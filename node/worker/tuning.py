@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
-from node.errors import UserError, mentions_memory
+from node.errors import UserError, mentions_memory, one_line
 from node.spec import ModelSpec, TuningSpec
 from node.worker.adapter import apply_adapter
 from node.worker.randomness import RowContext, add_embedding_noise, key_dropout
@@ -29,11 +29,11 @@ def load(spec: ModelSpec, *, lazy: bool = False) -> tuple[nn.Module, dict[str, A
     try:
         model, config = load_model(Path(spec.path), lazy=lazy, trust_remote_code=spec.trust_remote_code)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot load the model in {spec.path}: {_one_line(error)}") from error
+        raise UserError(f"cannot load the model in {spec.path}: {one_line(error)}") from error
     except RuntimeError as error:
         if is_memory_error(error):
             raise
-        raise UserError(f"cannot load the model in {spec.path}: {_one_line(error)}") from error
+        raise UserError(f"cannot load the model in {spec.path}: {one_line(error)}") from error
     if spec.adapter_path:
         apply_adapter(model, spec.adapter_path)
     return model, config
@@ -74,7 +74,7 @@ def make_trainable(model: nn.Module, spec: TuningSpec, seed: int, context: RowCo
         try:
             linear_to_lora_layers(model, num_layers, parameters, use_dora=spec.fine_tune_type == "dora")
         except ValueError as error:
-            raise UserError(f"--fine-tune-type {spec.fine_tune_type}: {_one_line(error)}") from error
+            raise UserError(f"--fine-tune-type {spec.fine_tune_type}: {one_line(error)}") from error
         unkeyed = key_dropout(model, context, spec.dropout)
         if unkeyed and spec.dropout > 0:
             notes.append(f"--lora-dropout is not applied to the {len(unkeyed)} expert layers: their rows are mixed")
@@ -100,7 +100,7 @@ def load_initial_weights(model: nn.Module, path: str) -> None:
     try:
         weights: Any = mx.load(path)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"--resume-adapter-file {path}: {_one_line(error)}") from error
+        raise UserError(f"--resume-adapter-file {path}: {one_line(error)}") from error
     trained = dict(tree_flatten(model.trainable_parameters()))
     foreign = [name for name in weights if name not in trained]
     if foreign:
@@ -134,7 +134,3 @@ def _checkpoint(layer: nn.Module) -> None:
 def is_memory_error(error: BaseException) -> bool:
     """Whether MLX or the system says that memory ran out."""
     return isinstance(error, MemoryError) or mentions_memory(str(error))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coordinator.commands.train import load
 from coordinator.config import TrainConfig
-from coordinator.config_file import merge, read_yaml, write_yaml
+from coordinator.config_file import merge, parse_mapping, read_yaml, write_yaml
 from coordinator.runfolder import RunFolder
 from coordinator.specs import adapter_config, job_spec
 from node.errors import UserError
@@ -311,3 +311,29 @@ def test_saying_the_same_again_is_no_change(run: Path, monkeypatch: pytest.Monke
 def test_resuming_where_nothing_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         resumed(tmp_path)
+
+
+def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("iters: 5\nlora_parameters:\n  rank: 4\n  rank: 8\n")
+    with pytest.raises(UserError, match=r"c\.yaml:4: not YAML: rank is given twice"):
+        read_yaml(file)
+
+
+def test_the_older_way_to_name_a_wandb_project(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("wandb: mine\n")
+    assert read_yaml(file) == {"report_to": ("wandb",), "project_name": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"name": "cosine_decay", "arguments": [1e-5, 900]}', {"name": "cosine_decay", "arguments": [1e-5, 900]}),
+        ("{name: cosine_decay, arguments: [1e-5, 900]}", {"name": "cosine_decay", "arguments": [1e-5, 900]}),
+        ("cosine_decay", None),
+        ("{", None),
+    ],
+)
+def test_mappings_on_the_command_line(text: str, found: Any) -> None:
+    assert parse_mapping(text) == found

@@ -16,8 +16,9 @@ import pytest
 
 from coordinator import engine as module
 from coordinator.checkpoint import Checkpoint, Checkpoints
-from coordinator.engine import Engine, SamplePrompt, StopRequested, Work
+from coordinator.engine import Engine, StopRequested, Work
 from coordinator.program import Program
+from coordinator.prompts import SamplePrompt
 from coordinator.runfolder import RunFolder
 from coordinator.stream import Noted, RunEvent, Sampled, StepFinished, Validated
 from node import events
@@ -408,12 +409,26 @@ def test_copies_that_arrive_during_a_validation_count(tmp_path: Path) -> None:
     assert bench.engine.replayed_steps == 2
 
 
-def test_three_deaths_without_a_new_step_end_the_run(tmp_path: Path) -> None:
+def test_five_deaths_without_a_new_step_end_the_run(tmp_path: Path) -> None:
     bench = Bench(tmp_path, script=times(9, trains(7), LOST))
-    with pytest.raises(WorkerLost, match="SIGKILL; it died 3 times at step 7"):
+    with pytest.raises(TandemError, match="SIGKILL; it died 5 times at step 7"):
         bench.go()
-    assert len(bench.workers) == 3
+    assert len(bench.workers) == 5
     assert bench.saved == [5]
+
+
+def test_a_worker_that_dies_while_loading(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, script=times(4, asks(Setup, 0), LOST))
+    bench.go()
+    assert len(bench.workers) == 5
+    assert bench.told.steps == CURVE
+
+
+def test_workers_that_all_die_while_loading_end_the_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, script=times(9, asks(Setup, 0), LOST))
+    with pytest.raises(TandemError, match="it died 5 times at step 1"):
+        bench.go()
+    assert len(bench.workers) == 5
 
 
 def test_deaths_with_progress_in_between_do_not(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_what_is_no_size(text: Any) -> None:
 
 
 def test_sizes_as_people_read_them() -> None:
-    assert [show_size(size * GIB) for size in (0.04, 11.44, 99.9, 512.4)] == ["0.0 GB", "11.4 GB", "99.9 GB", "512 GB"]
+    assert [show_size(size * GIB) for size in (0.04, 11.44, 99.9, 512.4)] == ["41 MB", "11.4 GB", "99.9 GB", "512 GB"]
 
 
 def test_a_job_that_cannot_fit_is_refused_with_what_would(model: ResolvedModel) -> None:
@@ -117,10 +117,10 @@ def test_a_quantized_model_is_not_trained_in_full(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed(model: ResolvedModel, tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_disk(tmp_path / "not" / "there", 0)
-    with pytest.raises(UserError, match=r"the disk has .* free, this run writes about"):
+    with pytest.raises(UserError, match=r"the disk has .* free, this run needs about"):
         check_disk(tmp_path / "not" / "there", free)
     config = TrainConfig(model="tiny", adapter_path=str(tmp_path / "a"), iters=2 * 10**9, save_every=1)
-    with pytest.raises(UserError, match="--keep-last 2"):
+    with pytest.raises(UserError, match="--keep-last 1"):
         check_before_loading(config, model, machine(4000))
     assert check_before_loading(replace(config, keep_last=2), model, machine(4000)) == []
 

@@ -297,7 +297,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown argument": (["extra"], "unexpected extra argument (extra)"),
     "unknown optimizer": (["--optimizer", "lion"], "'lion' is not one of 'adam', 'adamw'"),
     "unknown reporter": (["--report-to", "wanbd"], "--report-to: 'wanbd' is none of wandb, swanlab, tensorboard"),
-    "reporter not installed": (["--report-to", "swanlab"], "--report-to swanlab: not installed; pip install swanlab"),
+    "reporter not installed": (["--report-to", "swanlab"], "--report-to swanlab: not installed; "),
     "unknown preset": (["--preset", "mlx"], "'mlx' is not 'mlx-lm'"),
     "unknown node": (["--nodes", "studio"], "--nodes studio: no such node found"),
     "size": (["--clear-cache-threshold", "much"], "--clear-cache-threshold: 'much' is no size; write it as 12GB"),
@@ -435,6 +435,19 @@ def test_adapter_files_that_do_not_fit(refused_training: Refused, inputs: Inputs
     )
 
 
+@pytest.mark.parametrize("form", ["flags", "yaml"])
+def test_a_pasted_command_that_only_evaluates(form: str, refused: Refused, inputs: Inputs, here: Path) -> None:
+    (here / "adapters").mkdir()
+    (here / "adapters" / "adapters.safetensors").write_bytes(b"somebody's")
+    base = ["train", "--model", inputs.model, "--data", inputs.data]
+    if form == "flags":
+        line = refused(*base, "--test")
+        assert "to evaluate it use coordinator test --adapter-path adapters" in line
+    else:
+        (here / "eval.yaml").write_text("train: false\ntest: true\n")
+        assert "train: false; to evaluate only: coordinator test -c eval.yaml" in refused(*base, "-c", "eval.yaml")
+
+
 def test_an_adapter_file_of_another_width(refused_training: Refused, here: Path) -> None:
     stem = "model.layers.1.self_attn.q_proj"
     weights = {f"{stem}.lora_a": mx.zeros((32, 8)), f"{stem}.lora_b": mx.zeros((8, 64))}
@@ -509,11 +522,11 @@ def test_a_model_that_does_not_fit_the_memory(
     small: Facts = replace(facts(), gpu_memory_bytes=80 * MIB, total_memory_bytes=160 * MIB, free_memory_bytes=80 * MIB)
     monkeypatch.setattr("coordinator.preflight.facts", lambda: small)
     line = refused_training()
-    assert "this machine has 0.1 GB for it" in line
+    assert "this machine has 80 MB for it" in line
     assert "(--force tries anyway)" in line
     command = ["train", "--model", str(inputs.model), "--data", str(inputs.data), "--iters", "1", "--force", "--plain"]
     assert run_cli(coordinator, command, prog_name="coordinator") == 0
-    assert "this machine has 0.1 GB for it" in capsys.readouterr().out
+    assert "this machine has 80 MB for it" in capsys.readouterr().out
     assert Path("adapters/adapters.safetensors").is_file()
 
 
@@ -521,7 +534,7 @@ def test_a_disk_that_is_full_before_the_run(refused_training: Refused, monkeypat
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5 * MIB))
     line = refused_training()
-    assert "adapters: the disk has 0.0 GB free, this run writes about" in line
+    assert "adapters: the disk has 5 MB free, this run needs about" in line
     assert "choose another folder" in line
 
 
@@ -540,7 +553,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_too_small(refused_training: Refused, small_disk: Path) -> None:
-    assert "the disk has 0.0 GB free" in refused_training("--adapter-path", small_disk / "adapters")
+    assert "the disk has 1 MB free" in refused_training("--adapter-path", small_disk / "adapters")
     assert not any(small_disk.iterdir())
 
 

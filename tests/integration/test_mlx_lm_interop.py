@@ -232,5 +232,5 @@ def test_dora_on_experts_is_one_line_and_nothing_is_written(
     assert run_cli(coordinator, [*command, "--adapter-path", str(tmp_path / "adapters")]) == 2
     lines = capfd.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: --fine-tune-type dora: ")
-    assert "SwitchLinear" in lines[-1]
+    assert "expert layers have no DoRA" in lines[-1]
     assert not (tmp_path / "adapters").exists()

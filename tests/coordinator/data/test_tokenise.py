@@ -45,12 +45,13 @@ JOINING = (
     "{{ '<|im_end|>' }}{% endfor %}"
 )
 
+QUESTION_LAST = chat("a", "b", "only a question")
 ROWS: list[dict[str, Any]] = [
     {"text": "The quick brown fox."},
     {"text": "Ends by itself<|im_end|>"},
     chat("What is 2+2?", "4"),
     chat("a", "b", "c", "d"),
-    chat("a", "b", "only a question"),
+    QUESTION_LAST,
     {"prompt": "Capital of France?", "completion": " Paris"},
     {"messages": [{"role": "system", "content": "Be brief."}, *chat("a", "b")["messages"]]},
 ]
@@ -80,7 +81,10 @@ def test_tokens_and_targets_are_those_of_mlx_lm(tmp_path: Path, row: dict[str, A
     theirs = create_dataset([row], load(tmp_path), SimpleNamespace(mask_prompt=mask == "prompt"))
     tokens, offset = theirs.process(theirs[0])
     assert ours.tokens.tolist() == list(tokens)
-    assert ours.spans.tolist() == [max(1, offset), len(tokens)]
+    if mask == "prompt" and row == QUESTION_LAST:
+        assert ours.spans.tolist() == [], "mlx_lm would train on the question"
+    else:
+        assert ours.spans.tolist() == [max(1, offset), len(tokens)]
 
 
 def test_the_same_for_a_tokenizer_that_adds_a_beginning(tmp_path: Path) -> None:
