@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,10 @@ def write_gguf(
         (tensor, encode.stored_type(tensor.value, encode.TYPES[gguf_type], exact=tensor.exact))
         for tensor in tensors.tensors(parameters, shape)
     ]
-    with replacing(path) as partial:
-        writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[shape.family.architecture])
+    with (
+        replacing(path) as partial,
+        contextlib.closing(gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[shape.family.architecture])) as writer,
+    ):
         add_metadata(writer, shape, name=vocabulary.model_name(name), rows=rows, gguf_type=gguf_type)
         add_vocabulary(writer, vocabulary)
         for tensor, kind in planned:
@@ -65,7 +68,6 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         _write_tensors(writer, planned, progress)
-        writer.close()
 
 
 def _write_tensors(writer: gguf.GGUFWriter, planned: list[tuple[tensors.Tensor, Any]], progress: Progress) -> None:
