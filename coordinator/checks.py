@@ -61,6 +61,7 @@ def check_model(config: TrainConfig, model: ResolvedModel, *, resume: bool) -> l
     if config.export_gguf and kind not in GGUF_MODEL_TYPES:
         known = ", ".join(GGUF_MODEL_TYPES)
         raise UserError(f"--export-gguf: cannot write model type {kind!r}; leave it out (supported: {known})")
+    _check_targets(config, model)
     if config.fuse:
         check_free(Path(config.save_path), (*WEIGHTS, *COMPANIONS))
     if config.export_peft:
@@ -82,6 +83,18 @@ def check_model(config: TrainConfig, model: ResolvedModel, *, resume: bool) -> l
     if config.resume_adapter_file and not resume:
         _check_adapter_file(config, shape)
     return _check_keys(config, model, shape)
+
+
+def _check_targets(config: TrainConfig, model: ResolvedModel) -> None:
+    """Folders to write must not be one another, nor the model's."""
+    taken = {model.path.resolve(): "the model", Path(config.adapter_path).resolve(): "--adapter-path"}
+    wanted = (("--save-path", config.save_path if config.fuse else None), ("--export-peft", config.export_peft))
+    for option, folder in wanted:
+        if folder is None:
+            continue
+        if Path(folder).resolve() in taken:
+            raise UserError(f"{option} {folder}: that is the folder of {taken[Path(folder).resolve()]}; name another")
+        taken[Path(folder).resolve()] = option
 
 
 def _check_keys(config: TrainConfig, model: ResolvedModel, shape: Architecture) -> list[str]:

@@ -465,8 +465,10 @@ class _Job:
         loop = asyncio.get_running_loop()
         handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-        def on_signal() -> None:
+        def on_signal(number: signal.Signals) -> None:
             if self.stop.is_set():
+                if number == signal.SIGHUP:
+                    return  # a closing terminal tells its programs more than once
                 self.view.close()
                 os._exit(Interrupted.exit_code)
             self.stop.set()
@@ -475,7 +477,7 @@ class _Job:
 
         try:
             for number in handled:
-                loop.add_signal_handler(number, on_signal)
+                loop.add_signal_handler(number, on_signal, number)
         except (RuntimeError, ValueError):
             # Not in the main thread (a notebook, a test): Ctrl-C is not ours there.
             yield

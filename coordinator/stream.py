@@ -6,6 +6,7 @@ readers of this one stream. Each reader has one method, ``handle(event)``; the j
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -147,11 +148,15 @@ class Broadcast:
             self._notes = []
         elif isinstance(event, Noted) and len(self._notes) < NOTES_KEPT:
             self._notes.append(event)
-        for reader in self._readers:
-            reader.handle(event)
+        for reader in list(self._readers):
+            try:
+                reader.handle(event)
+            except OSError:  # its terminal or pipe is gone; the run and the other readers go on
+                self._readers.remove(reader)
 
     def close(self) -> None:
         """See ``Reader``."""
         for reader in self._readers:
-            reader.close()
+            with contextlib.suppress(OSError):
+                reader.close()
         self._readers = []

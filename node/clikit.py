@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import select
@@ -141,7 +142,8 @@ def _system(error: OSError) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    click.echo(line, err=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone; the exit code still says how it ended
+        click.echo(line, err=True)
     return code
 
 

@@ -97,6 +97,8 @@ class LocalWorker:
                 stdout=output,
                 stderr=output,
                 env=_environment(),
+                # What a terminal tells its programs (Ctrl-C, its own end) is the coordinator's to deal with.
+                start_new_session=True,
             )
         return cls(process, await AsyncChannel.open(ours), log, log_start)
 

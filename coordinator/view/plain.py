@@ -28,7 +28,7 @@ SAMPLE_CHARACTERS = 400
 STATUS_TEXT = {
     "done": "done",
     "stopped_early": "stopped early: validation no longer improves",
-    "interrupted": "stopped; it can go on from here",
+    "interrupted": "stopped",
     "failed": "failed",
 }
 
@@ -147,7 +147,10 @@ def test_line(event: Tested) -> str:
 def finished_lines(event: RunFinished, state: RunState) -> list[str]:
     """How it ended, where everything is, and what to type next."""
     time_spent = f" in {duration_text(state.train_seconds)}" if state.train_seconds else ""
-    lines = [f"{STATUS_TEXT.get(event.status, event.status)}: {state.step:,} steps{time_spent}"]
+    status = STATUS_TEXT.get(event.status, event.status)
+    if event.status == "interrupted" and event.next_commands:
+        status += "; it can go on from here"
+    lines = [f"{status}: {state.step:,} steps{time_spent}"]
     width = max((len(label) for label, _ in event.summary), default=0)
     lines += [f"  {one_line(label):<{width}}  {one_line(value)}" for label, value in event.summary]
     for purpose, command in event.next_commands:

@@ -435,6 +435,18 @@ def test_adapter_files_that_do_not_fit(refused_training: Refused, inputs: Inputs
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--fuse", "--save-path", "adapters"], "--save-path adapters: that is the folder of --adapter-path"),
+        (["--export-peft", "adapters"], "--export-peft adapters: that is the folder of --adapter-path"),
+        (["--fuse", "--save-path", "out", "--export-peft", "out"], "--export-peft out: that is the folder of --save-"),
+    ],
+)
+def test_folders_that_are_wanted_twice(options: list[str], words: str, refused_training: Refused) -> None:
+    assert words in refused_training(*options)
+
+
 @pytest.mark.parametrize("form", ["flags", "yaml"])
 def test_a_pasted_command_that_only_evaluates(form: str, refused: Refused, inputs: Inputs, here: Path) -> None:
     (here / "adapters").mkdir()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,20 @@ def test_ctrl_c_saves_and_resume_goes_on(inputs: Path, reference: Path, tmp_path
     assert command[:2] == ["coordinator", "train"]
     again = Run(*command[1:])
     assert again.wait()[0] == 0
+    assert_same_curve(folder, reference)
+
+
+def test_a_terminal_that_closes_saves_too(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    run = Run(*arguments(inputs, folder))
+    run.until_step(5)
+    for _ in range(2):  # the kernel and the shell both tell the whole process group
+        os.killpg(run.process.pid, signal.SIGHUP)
+    code, errors = run.wait()
+    assert code == 130, errors
+    stopped = losses(folder)[-1][0]
+    assert f"stopped at step {stopped} of {ITERS // 2}; everything is saved" in errors
+    train(options(inputs, folder), resume=True)
     assert_same_curve(folder, reference)
 
 
