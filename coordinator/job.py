@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import runs
+from coordinator.books import Books
 from coordinator.checkpoint import Checkpoint, Checkpoints
 from coordinator.checks import check_model, check_options, data_warnings
 from coordinator.config import TrainConfig
-from coordinator.config_file import write_yaml
 from coordinator.data.batches import Batches
 from coordinator.data.hub import find_source
 from coordinator.data.prepare import prepare
@@ -32,15 +31,12 @@ from coordinator.models import ResolvedModel, resolve
 from coordinator.preflight import check_before_loading, check_memory, fitting_tokens, parse_size
 from coordinator.program import Program
 from coordinator.prompts import Prompter, sample_prompts
-from coordinator.runfolder import Recorder, RunFolder, read_json_lines
+from coordinator.runfolder import RunFolder
 from coordinator.shares import Evaluation, StepSource
-from coordinator.specs import adapter_config, job_spec
-from coordinator.stream import Advanced, Broadcast, Noted, Reader, RunFinished, RunStarted, Tested
-from coordinator.view.report import write_report
-from coordinator.view.reporters import make_reporters
+from coordinator.specs import job_spec
+from coordinator.stream import Advanced, Broadcast, Noted, Reader, RunStarted, Tested
 from node.errors import Interrupted, TandemError, UserError, WorkerError
 from node.events import Ready
-from node.files import write_text_atomically
 from node.hardware import describe, facts
 from node.supervisor import LocalWorker, WorkerLink
 
@@ -98,7 +94,6 @@ class _Job:
         self.config = config
         self.reader = reader
         self.view = view
-        self.opened = False
         self.resume = resume
         self.folder = RunFolder(Path(config.adapter_path))
         self.stop = asyncio.Event()
@@ -134,7 +129,7 @@ class _Job:
         engine = self._engine(model, data, resumed)
         try:
             ready = await engine.prepare()
-            self._open_folder(engine)
+            self._open_books(engine)
             result = await self._train(engine, ready, model, data)
         except StopRequested as error:
             raise self._interrupted(engine) from error
@@ -213,6 +208,7 @@ class _Job:
         self.config = dataclasses.replace(
             self.config, iters=iters, epochs=None, warmup=self.config.warmup if warmup is None else warmup
         )
+        self.books = Books(self.config, self.folder, self.run_id, self.reader)
 
     def _engine(self, model: ResolvedModel, data: dict[str, TokenSet], resumed: Checkpoint | None) -> Engine:
         config, train = self.config, data["train"]
@@ -274,56 +270,12 @@ class _Job:
     async def _start_worker(self) -> WorkerLink:
         return await LocalWorker.start(self.work_folder)
 
-    def _open_folder(self, engine: Engine) -> None:
+    def _open_books(self, engine: Engine) -> None:
         """From here on the run writes: everything that could be checked before has been."""
-        self.opened = True
-        archived = None
-        self.history: list[dict[str, Any]] = []
         if self.resume:
-            self._take_up(engine)
-            write_text_atomically(self.folder.config, write_yaml(self._portable()))
+            engine.replayed_steps += self.books.take_up(engine.progress.step)
         else:
-            self.folder.lock()
-            portable = self._portable()
-            archived = self.folder.archive()
-            self.folder.begin(self.run_id, write_yaml(self._after_archiving(portable, archived)))
-        content = json.dumps(adapter_config(self.config), indent=4) + "\n"
-        write_text_atomically(self.folder.path / "adapter_config.json", content)
-        self.reader.add(Recorder(self.folder, lambda line: self.reader.handle(Noted("disk", line, "warning"))))
-        values = dataclasses.asdict(self.config)
-        for reporter in make_reporters(
-            self.config.report_to, self.config.project_name, self.folder.path, values, self.reader.handle
-        ):
-            self.reader.add(reporter)
-        self._register(status="running", model=self.config.model, data=self.config.data)
-        if archived is not None:
-            self.reader.handle(Noted("archived", f"an older run's files are in {archived} now"))
-
-    def _take_up(self, engine: Engine) -> None:
-        """Drop the metrics of steps that are computed again, and say how many those are."""
-        last = max((entry["step"] for entry in read_json_lines(self.folder.metrics) if "loss" in entry), default=0)
-        self.history = self.folder.truncate_metrics(engine.progress.step)
-        again = max(0, last - engine.progress.step)
-        engine.replayed_steps += again
-        if again:
-            line = f"{again} steps after the checkpoint of step {engine.progress.step} are computed again"
-            self.reader.handle(Noted("replay", line, details={"replayed_steps": again}))
-
-    def _after_archiving(self, config: TrainConfig, archived: Path | None) -> TrainConfig:
-        """The options with the adapter that the run begins from where it is now."""
-        began = config.resume_adapter_file
-        if began is None or archived is None or Path(began).parent != self.folder.path.resolve():
-            return config
-        return dataclasses.replace(config, resume_adapter_file=str(archived.resolve() / Path(began).name))
-
-    def _portable(self) -> TrainConfig:
-        """The options with local paths made absolute, so that the file works from anywhere."""
-        values: dict[str, Any] = {}
-        for name in ("model", "data", "resume_adapter_file", "adapter_path"):
-            value = getattr(self.config, name)
-            if value and (Path(value).expanduser().exists() or name == "adapter_path"):
-                values[name] = str(Path(value).expanduser().resolve())
-        return dataclasses.replace(self.config, **values)
+            self.books.begin()
 
     # --- training and after -----------------------------------------------------------------------------------------
 
@@ -337,7 +289,7 @@ class _Job:
                 total_steps=self.program.total_steps,
                 first_step=engine.progress.step + 1,
                 facts=self._facts(ready, model, data, engine),
-                history=tuple(self.history),
+                history=tuple(self.books.history),
             )
         )
         for note in ready.notes:
@@ -404,7 +356,7 @@ class _Job:
         )
         published = progress if best is None else dataclasses.replace(progress, step=best.progress.step)
         lines = summary(self.folder, published, test_loss, engine.replayed_steps, written)
-        self._close_books(status, lines, next_commands(self.config, self.config.model, status, written))
+        self.books.close(status, lines, next_commands(self.config, self.config.model, status, written))
         return result
 
     def _publish_best(self, engine: Engine) -> Checkpoint | None:
@@ -425,39 +377,21 @@ class _Job:
         if engine.saved_step:
             lines += (("saved", f"checkpoint of step {engine.saved_step} in {self.folder.path}"),)
             commands = next_commands(self.config, self.config.model, "failed", ())
-        self._close_books("failed", lines, commands)
+        self.books.close("failed", lines, commands)
 
     def _interrupted(self, engine: Engine) -> Interrupted:
         commands = next_commands(self.config, self.config.model, "interrupted", ())
         if not engine.saved_step:
             line = "stopped before the first step was saved"
-            if self.opened:
-                self._close_books("interrupted", (("stopped", line),), ())
+            if self.books.opened:
+                self.books.close("interrupted", (("stopped", line),), ())
             return Interrupted(line)
         total, last = self.program.total_steps, engine.saved_step
         line = f"stopped at step {last} of {total}; everything is saved"
         if last != engine.progress.step:
             line = f"stopped at step {engine.progress.step} of {total}; the last checkpoint is of step {last}"
-        self._close_books("interrupted", (("stopped", line),), commands)
+        self.books.close("interrupted", (("stopped", line),), commands)
         return Interrupted(line)
-
-    def _close_books(
-        self, status: str, lines: tuple[tuple[str, str], ...], commands: tuple[tuple[str, str], ...]
-    ) -> None:
-        """Say that it is over, and write report and registry entry; neither is worth failing a finished run for."""
-        self.reader.handle(RunFinished(status, lines, commands))
-        try:
-            write_report(self.folder.report, self.folder.path, dict(lines), status=status, commands=commands)
-        except OSError as error:
-            self.reader.handle(Noted("warning", f"cannot write {self.folder.report}: {error.strerror}", "warning"))
-        losses = [entry["loss"] for entry in read_json_lines(self.folder.metrics) if "loss" in entry]
-        self._register(status=status, final_loss=losses[-1] if losses else None)
-
-    def _register(self, **values: Any) -> None:
-        try:
-            runs.record(self.run_id, folder=str(self.folder.path.resolve()), **values)
-        except OSError as error:
-            self.reader.handle(Noted("warning", f"the registry cannot be written: {error.strerror}", "warning"))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

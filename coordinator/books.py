@@ -1,0 +1,117 @@
+"""What a run writes about itself: its folder's beginning, its entry in the registry, its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from coordinator import runs
+from coordinator.config import TrainConfig
+from coordinator.config_file import write_yaml
+from coordinator.runfolder import Recorder, RunFolder, read_json_lines
+from coordinator.specs import adapter_config
+from coordinator.stream import Broadcast, Noted, RunFinished
+from coordinator.view.report import write_report
+from coordinator.view.reporters import make_reporters
+from node.files import write_text_atomically
+
+Lines = tuple[tuple[str, str], ...]
+
+
+class Books:
+    """The books of one run. Nothing is written before ``begin`` or ``take_up``.
+
+    Args:
+        config: all options, resolved.
+        folder: the run's.
+        run: its id.
+        reader: takes what is worth saying; the files' own readers are added to it.
+
+    Attributes:
+        opened: whether the run has begun to write.
+        history: metrics of the steps before, for a resumed run.
+    """
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, run: str, reader: Broadcast) -> None:
+        self._config = config
+        self._folder = folder
+        self._run = run
+        self._reader = reader
+        self.opened = False
+        self.history: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        """Lock the folder, move an older run's files out of the way, and mark it as this run's.
+
+        Raises:
+            UserError: another run is at work there.
+        """
+        self._folder.lock()
+        portable = self._portable()
+        archived = self._folder.archive()
+        self._folder.begin(self._run, write_yaml(self._after_archiving(portable, archived)))
+        self._open()
+        if archived is not None:
+            self._reader.handle(Noted("archived", f"an older run's files are in {archived} now"))
+
+    def take_up(self, step: int) -> int:
+        """Go on with the files of the run as they were at a step.
+
+        Returns:
+            Steps that were recorded after it and are computed again.
+        """
+        last = max((entry["step"] for entry in read_json_lines(self._folder.metrics) if "loss" in entry), default=0)
+        self.history = self._folder.truncate_metrics(step)
+        write_text_atomically(self._folder.config, write_yaml(self._portable()))
+        self._open()
+        again = max(0, last - step)
+        if again:
+            line = f"{again} steps after the checkpoint of step {step} are computed again"
+            self._reader.handle(Noted("replay", line, details={"replayed_steps": again}))
+        return again
+
+    def close(self, status: str, lines: Lines, commands: Lines) -> None:
+        """Say that it is over, and write report and registry entry; neither is worth failing a finished run for."""
+        self._reader.handle(RunFinished(status, lines, commands))
+        try:
+            write_report(self._folder.report, self._folder.path, dict(lines), status=status, commands=commands)
+        except OSError as error:
+            self._reader.handle(Noted("warning", f"cannot write {self._folder.report}: {error.strerror}", "warning"))
+        losses = [entry["loss"] for entry in read_json_lines(self._folder.metrics) if "loss" in entry]
+        self._register(status=status, final_loss=losses[-1] if losses else None)
+
+    def _open(self) -> None:
+        self.opened = True
+        content = json.dumps(adapter_config(self._config), indent=4) + "\n"
+        write_text_atomically(self._folder.path / "adapter_config.json", content)
+        self._reader.add(Recorder(self._folder, lambda line: self._reader.handle(Noted("disk", line, "warning"))))
+        values = dataclasses.asdict(self._config)
+        for reporter in make_reporters(
+            self._config.report_to, self._config.project_name, self._folder.path, values, self._reader.handle
+        ):
+            self._reader.add(reporter)
+        self._register(status="running", model=self._config.model, data=self._config.data)
+
+    def _after_archiving(self, config: TrainConfig, archived: Path | None) -> TrainConfig:
+        """The options with the adapter that the run begins from where it is now."""
+        began = config.resume_adapter_file
+        if began is None or archived is None or Path(began).parent != self._folder.path.resolve():
+            return config
+        return dataclasses.replace(config, resume_adapter_file=str(archived.resolve() / Path(began).name))
+
+    def _portable(self) -> TrainConfig:
+        """The options with local paths made absolute, so that the file works from anywhere."""
+        values: dict[str, Any] = {}
+        for name in ("model", "data", "resume_adapter_file", "adapter_path"):
+            value = getattr(self._config, name)
+            if value and (Path(value).expanduser().exists() or name == "adapter_path"):
+                values[name] = str(Path(value).expanduser().resolve())
+        return dataclasses.replace(self._config, **values)
+
+    def _register(self, **values: Any) -> None:
+        try:
+            runs.record(self._run, folder=str(self._folder.path.resolve()), **values)
+        except OSError as error:
+            self._reader.handle(Noted("warning", f"the registry cannot be written: {error.strerror}", "warning"))
