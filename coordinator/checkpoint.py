@@ -11,9 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from coordinator.runfolder import RunFolder
 from node.events import Copied
@@ -58,7 +57,6 @@ class Checkpoint:
     weights: FileRef
     optimizer: FileRef
     scheduled: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def intact(self) -> bool:
         """Whether both files are what their checksums say."""

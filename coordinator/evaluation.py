@@ -7,21 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from coordinator.adapters import Adapter, model_of, read_adapter
-from coordinator.background import Progress, in_background
+from coordinator.background import in_background
 from coordinator.checks import data_warnings
 from coordinator.config import TrainConfig
-from coordinator.data.hub import find_source
-from coordinator.data.prepare import prepare
-from coordinator.data.rows import Features
 from coordinator.data.source import SPLITS
-from coordinator.data.tokenise import TokeniseOptions
-from coordinator.data.tokenset import TokenSet
-from coordinator.finish import perplexity
-from coordinator.home import token_cache
-from coordinator.models import ResolvedModel, resolve
+from coordinator.models import resolve
 from coordinator.shares import Evaluation
-from coordinator.stream import Advanced, Noted, Reader
+from coordinator.stream import Advanced, Noted, Reader, perplexity
 from coordinator.summing import sum_losses
+from coordinator.tokens import token_sets
 from coordinator.workers import next_event, task_worker
 from node.errors import OutOfMemory, UserError
 from node.spec import ModelSpec
@@ -124,7 +118,9 @@ async def test(options: TestOptions, view: Reader) -> TestResult:
     adapter = read_adapter(options.adapter_path) if options.adapter_path else None
     config = _settled(options, adapter)
     model = await in_background(lambda advance: resolve(config.model, progress=advance), view)
-    tokens = await in_background(lambda advance: _tokens(config, options.split, model, advance), view)
+    split: Any = options.split
+    sets = await in_background(lambda advance: token_sets(config, model, advance, (split,), required=(split,)), view)
+    tokens = sets[split]
     for line in data_warnings(options.split, tokens):
         view.handle(Noted("warning", line, "warning"))
     evaluation = Evaluation(tokens, config.batch_size, options.test_batches)
@@ -168,12 +164,3 @@ def _settled(options: TestOptions, adapter: Adapter | None) -> TrainConfig:
         if name in said and twin not in said:
             values.pop(twin, None)
     return TrainConfig(model=model_of(options.model, adapter), **{**values, **said})
-
-
-def _tokens(config: TrainConfig, split: Any, model: ResolvedModel, advance: Progress) -> TokenSet:
-    mask: Any = config.target_mask
-    features = Features(config.prompt_feature, config.completion_feature, config.chat_feature, config.text_feature)
-    source = find_source(config.data, config.hf_dataset, features, token_cache(), advance, (split,))
-    source.files(split)
-    rules = TokeniseOptions(config.max_seq_length, mask, config.trust_remote_code)
-    return prepare(source, model.path, rules, token_cache(), advance, (split,), name=model.name)[split]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from pathlib import Path
 
 from coordinator.checkpoint import Progress
 from coordinator.config import TrainConfig
 from coordinator.runfolder import RunFolder
-from coordinator.stream import Noted, Reader
+from coordinator.stream import Noted, Reader, perplexity
 from coordinator.workers import ask, task_worker
 from node.events import Fused
 from node.spec import Fuse, ModelSpec
@@ -100,11 +99,6 @@ def next_commands(
     if not written:
         commands.append(("merge it", f"coordinator fuse {base}"))
     return tuple(commands)
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _duration(seconds: float) -> str:

@@ -19,14 +19,10 @@ from coordinator.checkpoint import Checkpoint, Checkpoints
 from coordinator.checks import check_model, check_options, data_warnings
 from coordinator.config import TrainConfig
 from coordinator.data.batches import Batches
-from coordinator.data.hub import find_source
-from coordinator.data.prepare import prepare
-from coordinator.data.rows import Features
-from coordinator.data.tokenise import TokeniseOptions
 from coordinator.data.tokenset import TokenSet
 from coordinator.engine import Engine, StopRequested, Work
 from coordinator.finish import fuse_result, next_commands, summary
-from coordinator.home import new_job_folder, token_cache
+from coordinator.home import new_job_folder
 from coordinator.models import ResolvedModel, resolve
 from coordinator.preflight import check_before_loading, check_memory, fitting_tokens, parse_size
 from coordinator.program import Program
@@ -35,6 +31,7 @@ from coordinator.runfolder import RunFolder
 from coordinator.shares import Evaluation, StepSource
 from coordinator.specs import job_spec
 from coordinator.stream import Advanced, Broadcast, Noted, Reader, RunStarted, Tested
+from coordinator.tokens import token_sets
 from node.errors import Interrupted, TandemError, UserError, WorkerError
 from node.events import Ready
 from node.hardware import describe, facts
@@ -172,17 +169,8 @@ class _Job:
             wanted.append("valid")
         if config.test:
             wanted.append("test")
-        mask: Any = config.target_mask
-        options = TokeniseOptions(config.max_seq_length, mask, config.trust_remote_code)
         splits: Any = tuple(wanted)
-        features = Features(
-            prompt=config.prompt_feature,
-            completion=config.completion_feature,
-            chat=config.chat_feature,
-            text=config.text_feature,
-        )
-        source = find_source(config.data, config.hf_dataset, features, token_cache(), self._advance, splits)
-        sets = prepare(source, model.path, options, token_cache(), self._advance, splits, name=model.name)
+        sets = token_sets(config, model, self._advance, splits)
         for split, tokens in sets.items():
             for line in data_warnings(split, tokens):
                 self.reader.handle(Noted("warning", line, "warning"))

@@ -7,6 +7,7 @@ readers of this one stream. Each reader has one method, ``handle(event)``; the j
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -160,3 +161,8 @@ class Broadcast:
             with contextlib.suppress(OSError):
                 reader.close()
         self._readers = []
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf

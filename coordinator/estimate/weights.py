@@ -46,11 +46,6 @@ class Weights:
     embedding_bytes: int
     exact: bool
 
-    @property
-    def linear_parameters(self) -> int:
-        """Elements of all linear layers of all blocks."""
-        return sum(linear.parameters for layer in self.layers for linear in layer)
-
 
 def quantization(config: Mapping[str, Any]) -> tuple[int, int]:
     """Bits and group size of a quantized base; (0, 0) when it is not quantized."""

@@ -19,6 +19,7 @@ from coordinator.stream import (
     StepFinished,
     Tested,
     Validated,
+    perplexity,
 )
 from coordinator.view.format import duration_text, loss_text, one_line, rate_text, shortened, size_text, speed_text
 from coordinator.view.state import RunState
@@ -140,8 +141,7 @@ def validation_line(event: Validated, state: RunState) -> str:
 
 def test_line(event: Tested) -> str:
     """The test's loss and perplexity."""
-    perplexity = math.exp(event.loss) if event.loss < 700 else math.inf
-    return f"test: loss {loss_text(event.loss)}, perplexity {perplexity:,.3f}, {event.tokens:,} tokens"
+    return f"test: loss {loss_text(event.loss)}, perplexity {perplexity(event.loss):,.3f}, {event.tokens:,} tokens"
 
 
 def finished_lines(event: RunFinished, state: RunState) -> list[str]:
