@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coordinator.config_file import read_yaml
 from coordinator.runfolder import RunFolder
-from coordinator.weight_files import read_header
+from node.adapter_files import SETTINGS as CONFIG
+from node.adapter_files import WEIGHTS, read_settings
 from node.errors import UserError
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapters.safetensors"
+from node.tensors import check_numbers
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def read_adapter(folder: str) -> Adapter:
     config = _config(folder, path)
     if not (path / WEIGHTS).is_file():
         raise UserError(f"--adapter-path {folder}: no {WEIGHTS} in it; did training save anything yet?")
-    read_header(path / WEIGHTS)
+    check_numbers(path / WEIGHTS, floats_only=True)
     # Our own runs keep every option, with paths that hold from anywhere.
     run = RunFolder(path)
     ours = read_yaml(run.config) if run.run_id() is not None and run.config.exists() else {}
@@ -75,12 +73,7 @@ def _config(folder: str, path: Path) -> dict[str, Any]:
         if (path / "config.json").is_file():
             raise UserError(f"--adapter-path {folder}: a whole model, not an adapter; pass it as --model")
         raise UserError(f"--adapter-path {folder}: no {CONFIG} in it, so this is no adapter")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: must hold a JSON object")
+    config = read_settings(path)
     if "peft_type" in config:
         raise UserError(f"--adapter-path {folder}: an adapter in PEFT's layout; only mlx_lm's can be loaded here")
     if config.get("fine_tune_type", "lora") != "full" and not {"num_layers", "lora_parameters"} <= set(config):

@@ -27,7 +27,7 @@ def train(config: TrainConfig, view: Reader | None = None, *, resume: bool = Fal
     Args:
         config: all options.
         view: follows the run; None shows nothing.
-        resume: go on from the last checkpoint in ``config.adapter_path``.
+        resume: go on with the run in ``config.adapter_path``, from the newest state that anyone holds.
 
     Raises:
         UserError: a mistake in what was asked for; nothing was written.

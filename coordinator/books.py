@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ class Books:
         self.opened = False
         self.history: list[dict[str, Any]] = []
 
-    def begin(self) -> None:
+    def begin(self, data_digest: str) -> None:
         """Lock the folder, move an older run's files out of the way, and mark it as this run's.
+
+        Args:
+            data_digest: of the training data.
 
         Raises:
             UserError: another run is at work there.
@@ -51,19 +55,23 @@ class Books:
         self._folder.lock()
         portable = self._portable()
         archived = self._folder.archive()
-        self._folder.begin(self._run, write_yaml(self._after_archiving(portable, archived)))
+        self._folder.begin(self._run, write_yaml(self._after_archiving(portable, archived)), data_digest)
         self._open()
         if archived is not None:
             self._reader.handle(Noted("archived", f"an older run's files are in {archived} now"))
 
-    def take_up(self, step: int) -> int:
+    def take_up(self, step: int, recovered: Sequence[dict[str, Any]] = ()) -> int:
         """Go on with the files of the run as they were at a step.
+
+        Args:
+            step: to go on from.
+            recovered: metrics of steps up to it that had not been written.
 
         Returns:
             Steps that were recorded after it and are computed again.
         """
         last = max((entry["step"] for entry in read_json_lines(self._folder.metrics) if "loss" in entry), default=0)
-        self.history = self._folder.truncate_metrics(step)
+        self.history = self._folder.truncate_metrics(step, recovered)
         write_text_atomically(self._folder.config, write_yaml(self._portable()))
         self._open()
         again = max(0, last - step)

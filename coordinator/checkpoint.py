@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.runfolder import RunFolder
+from node.errors import TandemError, UserError
 from node.events import Copied
-from node.files import replacing, sha256_of, sync_file, sync_folder, write_text_atomically
+from node.files import link_or_copy, replacing, sha256_of, sync_file, sync_folder, write_text_atomically
 from node.spec import FileRef
+from node.tensors import check_numbers
 
 VERSION = 1
 WEIGHTS = "weights.safetensors"
@@ -67,18 +68,14 @@ class Checkpoint:
             for ref in (self.weights, self.optimizer)
         )
 
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where there are no hard links; replaces the target in one step."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-        with partial.open("rb") as copied:
-            os.fsync(copied.fileno())
-    partial.replace(target)
+    def flaw(self) -> str:
+        """What in its files cannot be trained on, though they are as they were written; "" where nothing is."""
+        try:
+            for ref in (self.weights, self.optimizer):
+                check_numbers(self.folder / ref.name)
+        except UserError as error:
+            return str(error)
+        return ""
 
 
 def copy_whole(source: Path, target: Path) -> None:
@@ -99,6 +96,10 @@ class Checkpoints:
         self._folder = folder
         self._keep_last = keep_last
 
+    def place(self, progress: Progress) -> Path:
+        """Where the checkpoint of this progress is, or would be."""
+        return self._folder.checkpoints / f"{progress.iteration:07d}"
+
     def save(self, copied: Copied, copies: Path, progress: Progress, *, scheduled: bool) -> Checkpoint:
         """Adopt a worker's copy.
 
@@ -111,8 +112,8 @@ class Checkpoints:
         Raises:
             OSError: the disk is full or cannot be written.
         """
-        name = f"{progress.iteration:07d}"
-        target = self._folder.checkpoints / name
+        target = self.place(progress)
+        name = target.name
         partial = self._folder.checkpoints / f".{name}.partial"
         replaced = self._folder.checkpoints / f".{name}.old"
         for leftover in (partial, replaced):
@@ -166,11 +167,11 @@ class Checkpoints:
         """The newest checkpoint whose files match their checksums; each damaged one is reported."""
         for path in sorted(self._folder.checkpoints.glob("[0-9]*"), reverse=True):
             checkpoint = _read(path)
-            if checkpoint is not None and checkpoint.intact():
+            if checkpoint is None or not checkpoint.intact():
+                damage = "its files do not match their checksums"
+            elif not (damage := checkpoint.flaw()):
                 return checkpoint
-            note_damage(
-                f"checkpoint {path.name} is damaged: its files do not match their checksums; trying the one before"
-            )
+            note_damage(f"checkpoint {path.name} is damaged: {damage}; trying the one before")
         return None
 
     def sweep(self) -> None:
@@ -209,5 +210,5 @@ def _read(path: Path) -> Checkpoint | None:
             FileRef(**content["optimizer"]),
             bool(content["scheduled"]),
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (TandemError, OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -12,10 +12,11 @@ from coordinator.data.tokenset import TokenSet
 from coordinator.estimate.architecture import Architecture, architecture, has_experts
 from coordinator.models import ResolvedModel
 from coordinator.update_rule import nearest
-from coordinator.weight_files import read_header, weight_shapes
+from coordinator.weight_files import weight_shapes
 from node.errors import UserError
 from node.exports.folders import check_free
 from node.exports.kinds import COMPANIONS, GGUF_MODEL_TYPES, PEFT_FILES, PEFT_MODEL_TYPES, WEIGHTS
+from node.tensors import check_numbers
 
 # The path of a module inside its block, in the name of one of its tensors.
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<block>\d+)\.(?P<module>.+)\.[^.]+$")
@@ -29,8 +30,11 @@ def check_options(config: TrainConfig, *, resume: bool) -> None:
     """
     if not config.model:
         raise UserError("--model: say which model, a Hugging Face repo or a local folder")
-    if config.nodes not in ("auto", "local"):
-        raise UserError(f"--nodes {config.nodes}: no such node found; use auto or local for this machine")
+    if config.nodes == "local":
+        if config.min_nodes > 1:
+            raise UserError(f"--min-nodes {config.min_nodes} and --nodes local exclude each other; give one of them")
+        if not config.local:
+            raise UserError("--no-local and --nodes local exclude each other; give one of them")
     # A resumed run began from these weights perhaps, but needs them no more.
     if config.resume_adapter_file and not resume and not Path(config.resume_adapter_file).is_file():
         folder = Path(config.resume_adapter_file).is_dir()
@@ -127,8 +131,8 @@ def _near_key(key: str, known: list[str]) -> str:
 def _check_adapter_file(config: TrainConfig, shape: Architecture) -> None:
     """Compare ``--resume-adapter-file`` with the rank and the number of layers that are trained."""
     path = Path(str(config.resume_adapter_file))
-    tensors = read_header(path)
-    adapters = {name: size for name, (_, size) in tensors.items() if name.endswith(".lora_a")}
+    tensors = check_numbers(path, floats_only=True)
+    adapters = {name: tensor.shape for name, tensor in tensors.items() if name.endswith(".lora_a")}
     if not adapters:
         raise UserError(f"--resume-adapter-file {path}: holds no adapter weights; give an adapters.safetensors")
     first = 0 if config.num_layers < 0 else max(0, shape.layers - config.num_layers)

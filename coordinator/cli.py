@@ -13,16 +13,20 @@ COMMANDS = {
     "test": LazyCommand("coordinator.commands.test:test", "Loss and perplexity of a test set."),
     "generate": LazyCommand("coordinator.commands.generate:generate", "Text from a model, with or without an adapter."),
     "fuse": LazyCommand("coordinator.commands.fuse:fuse", "Merge an adapter; export GGUF or PEFT; upload."),
+    "nodes": LazyCommand("coordinator.commands.nodes:nodes", "Who is there: machines that can take part."),
+    "pair": LazyCommand("coordinator.commands.pair:pair", "Have a node and this machine trust each other."),
+    "unpair": LazyCommand("coordinator.commands.pair:unpair", "Trust a machine no more."),
+    "invite": LazyCommand("coordinator.commands.pair:invite", "A token for a node to join by itself."),
     "estimate": LazyCommand("coordinator.commands.estimate:estimate", "Memory a training would take, by method."),
     "data": LazyCommand("coordinator.commands.data:data", "Check, split and convert data."),
-    "demo": LazyCommand("coordinator.commands.demo:demo", "The whole story on this machine, offline, in a minute."),
+    "demo": LazyCommand("coordinator.commands.demo:demo", "The whole story on this machine, with two nodes, offline."),
 }
 
 
 @click.group("coordinator", cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("mlx-tandem"), prog_name="mlx-tandem")
 def coordinator() -> None:
-    """Fine-tune language models with MLX, exactly and resumably."""
+    """Fine-tune language models with MLX on all your Macs, exactly and resumably."""
 
 
 def main() -> int:

@@ -22,6 +22,8 @@ REPORTERS = ("wandb", "swanlab", "tensorboard")
 MASKS = ("all", "prompt", "assistant")
 GGUF_TYPES = ("f16", "f32", "bf16", "q8_0")
 PRESETS = ("mlx-lm",)
+REDUCTIONS = ("auto", "ring", "jaccl", "grpc")
+RING_ENCRYPTIONS = ("auto", "on", "off")
 
 LARGEST = (1 << 31) - 1  # of whole numbers, as MLX counts
 
@@ -124,7 +126,27 @@ class TrainConfig:
     upload_repo: str | None = option(None, "Upload the fused model to this Hugging Face repo.")
     hf_path: str | None = option(None, "Base model to name in the upload's model card.")
 
-    nodes: str = option("auto", "auto or local: this machine.", group="Machine")
+    nodes: str = option(
+        "auto",
+        "Who takes part: auto (all that are found), local, or names and host:port with commas.",
+        group="Machines",
+    )
+    local: bool = option(True, "Whether this machine takes part, too.")
+    min_nodes: int = option(1, "Refuse to start with fewer machines.", minimum=1)
+    force_all: bool = option(False, "Use machines that make the step longer, too.")
+    reduce: str = option(
+        "auto",
+        "How gradients are added up over machines: ring (TCP), jaccl (RDMA between two), grpc (through the"
+        " coordinator), or auto: jaccl where it can be, else ring.",
+        choices=REDUCTIONS,
+    )
+    ring_encryption: str = option(
+        "auto",
+        "Whether what the machines add up is encrypted on its way: auto (everywhere but on a Thunderbolt cable from one"
+        " machine to the other), on, off.",
+        choices=RING_ENCRYPTIONS,
+    )
+    wait: bool = option(False, "Wait in line for machines that are busy.")
     force: bool = option(False, "Start even when the estimate says that memory will not do.")
     preset: str | None = option(None, "mlx-lm: scale 20 and no warm-up where nothing else is said.", choices=PRESETS)
 
@@ -143,6 +165,10 @@ class TrainConfig:
             raise UserError("--iters and --epochs exclude each other; give one of them")
         if self.fine_tune_type == "full" and self.loraplus_ratio != 1:
             raise UserError("--loraplus-ratio needs adapters; it does nothing with --fine-tune-type full")
+        if self.reduce == "jaccl" and self.ring_encryption == "on":
+            raise UserError(
+                "--reduce jaccl and --ring-encryption on exclude each other: RDMA cannot be encrypted; leave one out"
+            )
         if self.num_layers == 0:
             raise UserError("--num-layers: 0 layers would train nothing; say how many, or -1 for all")
         if self.test and self.test_batches == 0:

@@ -12,6 +12,8 @@ import yaml
 
 from coordinator.config import MLX_LM_SCALE, TrainConfig, names, unknown_option
 from node.errors import UserError
+from node.jsons import MOST_CONFIG_BYTES
+from node.sizes import show_size
 
 # Other spellings, and keys of mlx_lm that mean nothing here.
 ALIASES = {"lora_layers": "num_layers", "de_quantize": "dequantize"}
@@ -81,7 +83,11 @@ def read_yaml(path: Path, *, to_train: bool = False) -> dict[str, Any]:
         UserError: not readable, not YAML, or a key that is no option.
     """
     try:
+        if path.stat().st_size > MOST_CONFIG_BYTES:
+            raise UserError(f"--config {path}: more than {show_size(MOST_CONFIG_BYTES)}; that is no file of options")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except RecursionError as error:
+        raise UserError(f"--config {path}: nested too deeply to be options") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
     except yaml.YAMLError as error:

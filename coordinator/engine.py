@@ -1,44 +1,101 @@
-"""Drive a worker through the program, and go on when the worker dies.
+"""Drive the workers through the program, and go on when some are lost, come or leave.
 
-Requests are sent a few steps ahead, so that the worker never waits for the coordinator. A validation is a barrier:
-nothing is sent past it before its result is known, so that early stopping and the best checkpoint are exact.
+Requests are sent a few steps ahead, so that no worker waits for the coordinator. A validation is a barrier: nothing is
+sent past it before its result is known, so that early stopping and the best checkpoint are exact.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from coordinator.checkpoint import Checkpoint, Checkpoints, Progress, link_or_copy
+from coordinator import generations
+from coordinator.checkpoint import Checkpoint, Checkpoints, Progress
+from coordinator.copies import Copies, Copy, Kept, worth_fetching
+from coordinator.crew import Crew, Member, MemberFailed, StopRequested, Woken
+from coordinator.ledger import Applied, Fault, Ledger, Tally, metrics_of
+from coordinator.pace import Pace
+from coordinator.planner import StepSplit, network_waits, says_slow_network
+from coordinator.pressure import slowed
 from coordinator.program import Action, Program
 from coordinator.prompts import SamplePrompt
+from coordinator.regroup import Excluded, Muster, Regroup, Trouble
 from coordinator.shares import Evaluation, StepSource
 from coordinator.stream import Advanced, Noted, Reader, Sampled, StepFinished, Validated
 from coordinator.summing import sum_losses
-from coordinator.workers import SILENCE_SECONDS
+from coordinator.takeup import told_by
+from coordinator.watch import Watch, patience, state_patience
 from node import events
-from node.errors import OutOfMemory, TandemError, WorkerError, WorkerLost
-from node.spec import CopyState, Evaluate, FileRef, Generate, JobSpec, Restore, Setup, TrainStep
-from node.supervisor import WorkerLink
+from node.errors import OutOfMemory, TandemError, UserError, WorkerLost
+from node.listener import SLOWEST_COPY_BYTES_PER_SECOND, STATE_BYTES_PER_PARAMETER
+from node.spec import CopyState, Digest, Evaluate, Generate, Request, Share, TrainStep
 
 STEPS_AHEAD = 4
-SECOND_LOOK_SECONDS = 2.0
-# So many worker deaths without a new step in between end the run: something is wrong that restarting does not mend.
+# So many losses without a new step in between end the run: something is wrong that starting again does not mend.
 DEATHS_WITHOUT_PROGRESS = 5
+# Steps between two comparisons of the ranks' states; the first of a group and the last of all are always among them.
+CHECK_EVERY = 50
+# Who differs so often is left out.
+MOST_DIFFERENCES = 2
+# How long the others may take to say where they are when Ctrl-C stops them.
+RESCUE_SECONDS = 60.0
+SILENT_SECONDS = 1.8
+"""Who is late and has said nothing for so long is frozen or cut off: it is not asked."""
+# More than what is predicted: for a group's first steps, whose shapes nobody has seen; for evaluations and texts.
+FIRST_SECONDS = 20.0
+EVALUATION_SECONDS = 20.0
+GENERATE_SECONDS = 60.0
+SUM_SECONDS = 0.25
+"""What a sum takes, before any was measured."""
+SUM_SMOOTHING = 0.2
+ALONE_SECONDS = 60.0
+"""More patience with the only machine: nobody could go on in its place. Who is cut off or dead is found sooner."""
+LONE_STEP_SECONDS = 20.0
+"""More than predicted for its steps: to begin anew costs it the model's loading, and steps."""
+UNPREDICTED_SECONDS = 600.0
+"""For each micro-batch of the only machine while nobody knows its pace."""
+COPY_SECONDS = 30.0
+"""For a state to be written beside the training, however small it is."""
+# The worker's own limit on its wait for the others: for the day when nobody tells it.
+LONGEST_WAIT_SECONDS = 120.0
+FORM_SECONDS = 32.0
+UNPREDICTED_STEPS = 3
+# Relative differences of the state that different processors may bring about.
+ROUNDING = 1e-5
+# Of the batch: a share that has moved by this much is worth a line; single steps are noise.
+MOVED_SHARE = 0.15
+SHARE_SMOOTHING = 0.1
+SHARES_TOLD_SECONDS = 20.0
+SLOW_NETWORK_STEPS = 20
 
 _E = TypeVar("_E", bound=events.Event)
 _T = TypeVar("_T")
 
 
-class StopRequested(Exception):
-    """Ctrl-C: raised where the engine waits."""
+class GroupBroken(Exception):
+    """The ranks' sum failed or somebody is late, and nobody is known to be lost.
+
+    Args:
+        reason: for people.
+        hang: whether the group itself is to blame if everybody turns out to be there.
+    """
+
+    def __init__(self, reason: str, *, hang: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hang = hang
+
+
+class Regrouping(Exception):
+    """Nothing is under way: those who wait are taken in now, those who leave let go."""
 
 
 class Text(Protocol):
@@ -53,7 +110,7 @@ class Work:
     """What the engine is to do.
 
     Attributes:
-        job: for the worker.
+        folder: where the workers of this machine put their copies, and fetched ones are put.
         program: the order of things.
         steps: the rows of each step.
         validation: the rows of each validation, or None.
@@ -64,7 +121,7 @@ class Work:
         data_digest: of the training data.
     """
 
-    job: JobSpec
+    folder: Path
     program: Program
     steps: StepSource
     validation: Evaluation | None
@@ -76,10 +133,18 @@ class Work:
 
 
 @dataclass
-class _Copy:
-    step: int
-    weights: FileRef
-    optimizer: FileRef
+class _WentOn:
+    """A new generation whose beginning has not been told yet.
+
+    Attributes:
+        trouble: what it comes from.
+        base: the step that it began from.
+        replayed: steps that were computed again so far.
+    """
+
+    trouble: Trouble
+    base: int
+    replayed: int = 0
 
 
 class Engine:
@@ -87,7 +152,7 @@ class Engine:
 
     Args:
         work: what to do.
-        start: spawns a worker.
+        muster: brings the workers.
         checkpoints: where states are kept.
         reader: takes what happens.
         resumed: the checkpoint to go on from, or None.
@@ -97,59 +162,85 @@ class Engine:
     def __init__(
         self,
         work: Work,
-        start: Callable[[], Awaitable[WorkerLink]],
+        muster: Muster,
         checkpoints: Checkpoints,
         reader: Reader,
         resumed: Checkpoint | None,
         stop: asyncio.Event,
     ) -> None:
         self._work = work
-        self._start = start
+        self._muster = muster
         self._checkpoints = checkpoints
         self._reader = reader
-        self._newest = resumed
         self._stop = stop
-        self._link: WorkerLink | None = None
-        self._receiving: asyncio.Task[events.Event] | None = None
+        self._assembled: Crew | None = None
+        self._regroup: Regroup | None = None
+        self._copies = Copies(work.folder, resumed)
+        self._fetching: asyncio.Task[None] | None = None
+        self._ledger = Ledger(1)
+        self._watch = Watch(1)
+        self._rows: dict[int, dict[str, int]] = {}
+        self._largest: dict[str, int] = {}
+        self._predicted = 0.0
+        self._sum_seconds = SUM_SECONDS
+        self._network_seconds = 0.0  # of a sum of the present group, by its links
+        self._applied = self._first = resumed.progress.step if resumed else 0
+        self._asked = self._applied
+        self._went_on: _WentOn | None = None
+        self._differences: dict[str, int] = {}
+        self._names: dict[str, str] = {}
+        self._regrouped = False
+        self._save_lost = False
+        self._fetch_failed = False
+        self._measured: dict[int, events.EvalDone] = {}
+        self._measuring: tuple[int, str] = (0, "")
+        self._chunk_limit: int | None = None
+        self._shares: list[float] = []
+        self._told_shares: list[float] = []
+        self._shares_told_at = 0.0
+        self._splits: deque[StepSplit] = deque(maxlen=SLOW_NETWORK_STEPS)
+        self._slow_network_told = False
+        self._group_began = 0
+        self._saving: asyncio.Task[None] | None = None
         self._pending: deque[Action] = deque()
         self._in_flight: list[Action] = []
-        self._copies: list[_Copy] = []
         self._deaths = 0
         self._chunk = 0
         self._began = time.monotonic()
         self.progress = resumed.progress if resumed else Progress(0, 0, data_digest=work.data_digest)
         self.saved_step = self.progress.step
         self.replayed_steps = 0
-        self._restarted = False
+        self.faults: list[Fault] = []
         self.stopped_early = False
+        self.final_digest = ""
+        self.tally = Tally()
         self._seconds_before = self.progress.seconds
         self._pending.extend(work.program.actions(self.progress.step, self.progress.validated_step))
 
-    async def prepare(self) -> events.Ready:
-        """Start a worker and have it load the model; another one when it dies of that.
+    async def prepare(self) -> list[Member]:
+        """Have the workers load the model; another one where a single one dies of that.
 
         Raises:
-            TandemError: it could not.
+            TandemError: they could not.
         """
         while True:
-            self._link = await self._start()
             try:
-                await self._send(Setup(self._work.job))
-                return await self._expect(events.Ready)
+                self._assembled = await self._muster.assemble()
             except WorkerLost as error:
-                await self._lose(error)
+                self._die(error)
+                self._note("worker_lost", f"{error}; starting another", "warning", step=self.progress.step)
+            else:
+                return self._assembled.members
 
-    async def _lose(self, error: WorkerLost) -> None:
-        """Let a worker go that died; too many deaths in a row are not mended by yet another."""
-        await self.close()
+    def _die(self, error: TandemError, workers: int = 1) -> None:
+        """Count a loss; too many in a row are not mended by going on."""
         self._deaths += 1
-        if self._deaths >= DEATHS_WITHOUT_PROGRESS:
+        if self._deaths >= DEATHS_WITHOUT_PROGRESS * workers:
             step = self.progress.step + 1
             raise TandemError(
                 f"{error}; it died {self._deaths} times at step {step}, perhaps for want of memory:"
                 " close other programs or take a smaller --batch-size"
             ) from error
-        self._note("worker_lost", f"{error}; starting another", "warning", step=self.progress.step)
 
     async def run(self) -> None:
         """Do everything that is left to do.
@@ -159,7 +250,10 @@ class Engine:
             TandemError: the run cannot go on.
         """
         self._began = time.monotonic()
-        await self._survive(self._follow, restored=False)
+        crew, step = self._crew, self.progress.step
+        self._regroup = Regroup(crew, self._muster, self._copies, step, step, self._note, self._recover)
+        self._muster.attend(crew.wake)
+        await self._survive(self._follow)
 
     async def evaluate_at(self, checkpoint: Checkpoint | None, evaluation: Evaluation, task: str) -> tuple[float, int]:
         """Evaluate after ``run``, with the weights of a checkpoint or, if None, the last ones.
@@ -170,101 +264,388 @@ class Engine:
 
         async def measure() -> tuple[float, int]:
             if checkpoint is not None:
-                await self._put(self._lay_out(checkpoint))
+                step, ref = checkpoint.progress.step, checkpoint
+                copy = Copy(step, ref.folder, ref.weights, ref.optimizer)
+                for index in range(len(self._crew)):
+                    request = await self._copies.give(self._crew, index, copy)
+                    limit = UNPREDICTED_SECONDS + _moving_seconds(self._crew)
+                    self._watch.asked(index, events.Restored.__name__, limit, time.monotonic())
+                    await self._crew.send(index, request)
+                await self._hear_all(events.Restored)
             return await self.evaluate(evaluation, task)
 
-        return await self._survive(measure, restored=True)
+        return await self._survive(measure)
 
-    async def _survive(self, work: Callable[[], Awaitable[_T]], *, restored: bool) -> _T:
-        """Do this with a worker in the state of the last step, and again with another when that one is lost."""
-        ready = True
+    async def _survive(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Do this with workers in the state of the last step, and again with others when some are lost."""
+        regroup = self._generations
         while True:
             try:
-                if not ready:
-                    await self.prepare()
-                if not restored:
-                    await self._restore()
-                ready = restored = True
-                return await work()
+                self._tell_limits()
+                went = await self._settled()
+                if went is not None:
+                    self._go_on(went)
+                result = await work()
+                self._tell_fault()
+                return result
             except StopRequested:
-                if restored:
-                    await self._save_and_stop()
+                await self._save_and_stop()
                 raise
-            except OutOfMemory as error:
-                await self.close()
-                if not self._work.steps.shrink():
-                    raise
-                if self._work.validation is not None:
-                    self._work.validation.limit_tokens(self._work.steps.token_limit)
-                self._note("memory", f"{error}; going on with smaller micro-batches", "warning")
-                ready, restored, self._restarted = False, False, True
-            except WorkerLost as error:
-                await self._lose(error)
-                ready, restored, self._restarted = False, False, True
+            except MemberFailed as failed:
+                self._tell_limits()
+                self._lose(failed)
+            except GroupBroken as broken:
+                self._tell_limits()
+                regroup.broke(broken.reason, hang=broken.hang)
+            except Regrouping:
+                self._tell_limits()
+                regroup.happened(generations.Drained(regroup.state.generation, self._applied))
+
+    async def _settled(self) -> generations.Go | None:
+        """See ``Regroup.settle``; when there is no way to go on, the newest state is saved first."""
+        try:
+            return await self._generations.settle(self._take, self._lose)
+        except TandemError:
+            if self.progress.step > self.saved_step:
+                await self._save_and_stop()
+            raise
+
+    def _lose(self, failed: MemberFailed) -> None:
+        """A worker is gone; whether and how to go on."""
+        error, alone = failed.error, len(self._crew.ids) == 1 and failed.member.here
+        # What is not the machine's fault would befall the next one, too.
+        if isinstance(error, UserError):
+            raise error
+        if isinstance(error, OutOfMemory):
+            if alone and not self._work.steps.shrink():
+                raise error
+            if alone and self._work.validation is not None:
+                self._work.validation.limit_tokens(self._work.steps.token_limit)
+            self._note("memory", f"{error}; going on with smaller micro-batches", "warning")
+        else:
+            self._die(error, max(len(self._crew.ids), 1))
+        self._generations.lost(failed)
+
+    def _tell_limits(self) -> None:
+        """How long the phases of a new generation may take just now."""
+        crew, pending = self._crew, self._predicted
+        early = FIRST_SECONDS if self.progress.step - self._group_began < UNPREDICTED_STEPS else 0.0
+        everyone = dict.fromkeys([*crew.ids, *self._generations.state.recruits])
+        # A state goes the way of a sum, or twice that by way of this machine.
+        network = 2 * state_patience(self._predicted_sum(list(everyone)))
+        moving = 15.0 + 2 * _moving_seconds(crew) + network
+        gather = patience(pending, early if len(crew) > 1 else ALONE_SECONDS)
+        self._generations.limits(generations.Limits(gather, moving, FORM_SECONDS), dict(self._largest))
+
+    def _predicted_sum(self, ids: Sequence[str]) -> float:
+        return self._muster.sum_seconds(ids, streams=self._generations.state.streams)
+
+    def _go_on(self, went: generations.Go) -> None:
+        """A generation runs: whatever was under way is asked for again, from the step that all ranks hold."""
+        self._close_ledger(went.base)
+        crew = self._crew
+        self._ledger, self._watch = Ledger(len(crew)), Watch(len(crew))
+        self._rows.clear()
+        self._splits.clear()
+        self._shares, self._told_shares = [], []
+        self._group_began = self._applied = went.base
+        self._network_seconds = self._predicted_sum(crew.ids)
+        if len(crew) == 1 and crew.members[0].name:
+            self._work.steps.token_limit = crew.members[0].token_limit
+        self._fit_validations()
+        again = [action for action in self._pending if action.kind != "train" or action.step > self.progress.step]
+        self._pending = deque(again)
+        self._put_back()
+        self._pending.extendleft(Action("train", step) for step in range(self.progress.step, went.base, -1))
+        trouble, self._generations.trouble = self._generations.trouble, Trouble(time.monotonic())
+        if self._went_on is not None:  # lost again, while steps were computed again
+            self._went_on.trouble.reasons += trouble.reasons
+            self._went_on.trouble.lost += trouble.lost
+        else:
+            self._went_on = _WentOn(trouble, went.base)
+        if went.base == self.progress.step:
+            self._tell_fault()
+
+    def _fit_validations(self) -> None:
+        """Chunks go to anyone: none is larger than what the smallest machine has memory for."""
+        limits = [member.token_limit for member in self._crew.members if member.token_limit is not None]
+        least, validation = min(limits, default=None), self._work.validation
+        if validation is None or least is None or (self._chunk_limit is not None and least >= self._chunk_limit):
+            return
+        self._chunk_limit = least
+        validation.limit_tokens(least)
+        self._measured = {}
+
+    def _tell_fault(self) -> None:
+        """Say once what has happened and that it is over, when the step is reached again that was lost."""
+        if self._went_on is None:
+            return
+        went, self._went_on = self._went_on, None
+        trouble, seconds = went.trouble, time.monotonic() - went.trouble.began
+        step, names = self.progress.step, [member.name for member in self._crew.members if member.name]
+        if not trouble.reasons:
+            if len(names) > 1:
+                came = f"{', '.join(trouble.came)} joins: " if trouble.came and self._regrouped else ""
+                left = f"{', '.join(trouble.left)} has left: " if trouble.left else ""
+                line = f"{left}{came}{', '.join(names)} form a group ({seconds:.1f} s)"
+                self._note("generation", line, step=step)
+            elif trouble.left:
+                self._note("generation", f"{', '.join(trouble.left)} has left: {names[0]} goes on alone", step=step)
+            self._regrouped = True
+            return
+        self._regrouped = True
+        on = f" on {', '.join(names)}" if names else ""
+        line = f"{'; '.join(trouble.reasons)}; went on from step {went.base}{on}, {seconds:.1f} s lost"
+        if went.replayed:
+            line += f"; {went.replayed} steps computed again"
+        self.faults.append(Fault(line, seconds, went.replayed))
+        details = {"replayed_steps": went.replayed, "step": step, "seconds": seconds, "nodes": names}
+        self._note("restarted", line, "warning" if names else "info", lost=list(trouble.lost), **details)
 
     async def evaluate(self, evaluation: Evaluation, task: str) -> tuple[float, int]:
-        """Sum of losses and number of target tokens of a data set, added in chunk order."""
+        """Sum of losses and number of target tokens of a data set, added in chunk order.
+
+        What was measured before a loss is kept for the next try.
+        """
+        if self._measuring != (self.progress.step, task) or any(chunk >= len(evaluation) for chunk in self._measured):
+            self._measuring, self._measured = (self.progress.step, task), {}
         first = self._chunk
         self._chunk += len(evaluation)
+
+        async def send(index: int, request: Evaluate) -> None:
+            pace, rows = self._crew.members[index].pace, request.rows
+            predicted = pace.predict(len(rows.ids) * rows.padded_length) if pace is not None else 0.0
+            limit = patience(predicted, EVALUATION_SECONDS if pace is not None else UNPREDICTED_SECONDS)
+            self._watch.asked(index, ("chunk", request.chunk), limit, time.monotonic())
+            await self._crew.send(index, request)
+
+        async def receive() -> tuple[int, events.Event]:
+            index, event = await self._next()
+            if isinstance(event, events.EvalDone):
+                self._watch.done(index, ("chunk", event.chunk), time.monotonic())
+            return index, event
+
         return await sum_losses(
             evaluation,
             first,
-            self._send,
-            self._next,
+            send,
+            receive,
+            workers=len(self._crew),
             advance=lambda done, total: self._reader.handle(Advanced(task, done, total)),
             pass_on=self._take,
+            sums=self._measured,
         )
 
     async def close(self) -> None:
-        """Let the worker go."""
-        if self._receiving is not None:
-            self._receiving.cancel()
-            await asyncio.gather(self._receiving, return_exceptions=True)
-            self._receiving = None
-        if self._link is not None:
-            link, self._link = self._link, None
-            # What has not begun is not wanted any more.
-            link.cancel()
-            await link.close()
+        """Let the workers go."""
+        for task in (self._saving, self._fetching):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._saving = self._fetching = None
+        await self._muster.rest()
+        if self._assembled is not None:
+            crew, self._assembled = self._assembled, None
+            await crew.close()
 
     # --- following the program ------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
         while self._pending or self._in_flight:
-            while self._pending and self._pending[0].kind != "validate" and len(self._in_flight) < STEPS_AHEAD:
+            while self._may_send():
                 action = self._pending.popleft()
                 self._in_flight.append(action)
-                train = action.kind == "train"
-                await self._send(TrainStep(self._work.steps.share(action.step)) if train else CopyState(action.step))
+                if action.kind == "train":
+                    await self._train(action.step)
+                else:
+                    await self._copy(action.step)
             if self._in_flight:
-                self._take(await self._next())
+                await self._take(*await self._next())
                 continue
+            if self._generations.draining:
+                raise Regrouping
+            await self._settle()
             await self._validate(self._pending[0].step)
             self._pending.popleft()
             if self.stopped_early:
                 self._pending.clear()
                 if self.saved_step != self.progress.step:
                     self._pending.append(Action("checkpoint", self.progress.step))
+        await self._settle()
+        await self._save_the_end()
+        await self._compare()
 
-    def _take(self, event: events.Event) -> None:
-        """Account for one event."""
+    def _may_send(self) -> bool:
+        return (
+            bool(self._pending)
+            and self._pending[0].kind != "validate"
+            and len(self._in_flight) < STEPS_AHEAD
+            and not self._generations.draining
+        )
+
+    async def _save_the_end(self) -> None:
+        """Save the last step once more where its checkpoint did not come from the machine that it was asked of."""
+        for _ in range(len(self._crew)):
+            if not self._save_lost or self.saved_step >= self.progress.step:
+                return
+            self._save_lost = False
+            await self._copy(self.progress.step)
+            await self._hear_copy(scheduled=True)
+            await self._settle()
+
+    async def _train(self, step: int) -> None:
+        """Send everyone's share of a step."""
+        crew, steps, now = self._crew, self._work.steps, time.monotonic()
+        self._asked = max(self._asked, step)
+        if len(crew) == 1:
+            share = steps.share(step)
+            self._rows[step] = {crew.ids[0]: sum(len(part.ids) for part in share.micro_batches)}
+            limit = self._lone_limit(share, step)
+            self._watch.step(step, [limit], limit, now)
+            await crew.send(0, TrainStep(share))
+            return
+        members = crew.members
+        paces = [slowed(_pace(member), member.condition_factor) for member in members]
+        shares = steps.shares(step, paces, [member.token_limit for member in members])
+        seconds = [pace.predict(share.positions) for pace, share in zip(paces, shares, strict=True)]
+        early = FIRST_SECONDS if step - self._group_began <= UNPREDICTED_STEPS else 0.0
+        more = early + _moving_seconds(crew)
+        self._predicted = max(seconds)
+        check = step in (self._group_began + 1, self._work.program.total_steps) or step % CHECK_EVERY == 0
+        # Who turns out to have another state is given the others' within the sum.
+        moving = state_patience(self._network_seconds) if check else 0.0
+        sum_limit = patience(max(self._sum_seconds, self._network_seconds), more + moving)
+        self._watch.step(step, [patience(predicted, more) for predicted in seconds], sum_limit, now)
+        self._rows[step] = {}
+        for member, share in zip(members, shares, strict=True):
+            self._rows[step][member.id] = sum(len(part.ids) for part in share.micro_batches)
+            sizes = [len(part.ids) * part.padded_length for part in share.micro_batches]
+            self._largest[member.id] = max(sizes, default=self._largest.get(member.id, 0))
+        # Their own limit comes into play only where nobody tells them that it is over.
+        wait = LONGEST_WAIT_SECONDS + patience(self._predicted, more) + sum_limit
+        for index, share in enumerate(shares):
+            await crew.send(index, TrainStep(dataclasses.replace(share, check=check, wait_seconds=wait)))
+
+    def _lone_limit(self, share: Share, step: int) -> float:
+        """How long the only machine may take for a step."""
+        pace = self._crew.members[0].pace
+        if pace is None or step - self._group_began <= UNPREDICTED_STEPS:
+            return UNPREDICTED_SECONDS * max(1, len(share.micro_batches))
+        self._predicted = pace.predict(share.positions)
+        return patience(self._predicted, LONE_STEP_SECONDS + _moving_seconds(self._crew))
+
+    async def _copy(self, step: int) -> None:
+        """Have the state after a step copied, when the copy before it is saved."""
+        await self._settle()
+        crew = self._crew
+        keeper = crew.keeper
+        self._watch.copy_asked(keeper, step, COPY_SECONDS + 2 * _moving_seconds(crew), time.monotonic())
+        await crew.send(keeper, CopyState(step))
+
+    async def _take(self, index: int, event: events.Event) -> None:
+        """Account for one event of a member."""
+        member = self._crew.members[index]
         match event:
             case events.StepDone():
-                self._finished(event)
+                self._watch.done(index, event.step, time.monotonic())
+                applied = self._ledger.report(member.id, event)
+                if applied is not None:
+                    self._finished(applied)
+            case events.RingFailed(step, reason):
+                raise GroupBroken(f"{member.name}: {reason} (in step {step})", hang=True)
+            case events.Leaving():
+                self._generations.leaves(member)
+            case events.Condition():
+                line = member.is_now(event)
+                if line is not None:
+                    self._note("condition", line, "warning", node=member.name)
+            case events.Synchronised(step, difference):
+                self._synchronised(member, step, difference)
             case events.Copied(requested=False):
-                self._copies = [*self._copies[-1:], _Copy(event.step, event.weights, event.optimizer)]
+                self._fetch(index, event)
             case events.Copied():
-                self._arrived("checkpoint", event.step)
-                self._save(event)
+                self._watch.copied(index)
+                if self._arrived("checkpoint", event.step):
+                    await self._save(index, event)
             case events.CopyFailed():
                 if event.requested:
+                    self._watch.copied(index)
                     self._arrived("checkpoint", event.step)
-                self._note("copy_failed", f"state of step {event.step} not saved: {event.reason}", "warning")
+                    self._save_lost = True
+                self._cannot_save(member, event)
 
-    def _finished(self, done: events.StepDone) -> None:
+    def _cannot_save(self, member: Member, failed: events.CopyFailed) -> None:
+        """Say so once, until it can again: copies are made every few steps."""
+        if member.saves:
+            member.saves = False
+            who = f"{member.name}: " if member.name else ""
+            message = f"{who}state of step {failed.step} not saved: {failed.reason}"
+            self._note("copy_failed", message, "warning", node=member.name, step=failed.step)
+
+    def _can_save(self, member: Member) -> None:
+        if not member.saves:
+            member.saves = True
+            self._note("copied_again", f"{member.name or 'the worker'} can save its state again", node=member.name)
+
+    def _synchronised(self, member: Member, step: int, difference: float) -> None:
+        """A member took another state from the others; who does so again is left out."""
+        message = f"{member.name} had other weights before step {step} (by {difference:.1g}); put right from the others"
+        # Different processors round differently: only more than that is worth a person's attention.
+        level = "info" if difference <= ROUNDING else "warning"
+        self._note("synchronised", message, level, node=member.name, step=step, difference=difference)
+        if difference > ROUNDING:
+            self._differences[member.id] = self._differences.get(member.id, 0) + 1
+            if self._differences[member.id] >= MOST_DIFFERENCES:
+                raise MemberFailed(member, Excluded("its weights differed from the others' again; it is left out"))
+
+    def _fetch(self, index: int, copied: events.Copied) -> None:
+        """Have a periodic copy at hand for the day when all workers die at once."""
+        member = self._crew.members[index]
+        self._can_save(member)
+        if member.here:
+            self._copies.here(copied)
+            self._generations.happened(generations.Saved(copied.step))
+        elif index == self._crew.keeper and self._fetching is None and worth_fetching(copied):
+            self._fetching = asyncio.create_task(self._bring_home(member, copied))
+
+    async def _bring_home(self, member: Member, copied: events.Copied) -> None:
+        try:
+            await self._copies.fetch(member.link, copied)
+        except TandemError:
+            pass  # its machine may be lost, and its files gone: then there will be another copy
+        except OSError as error:
+            if not self._fetch_failed:
+                self._fetch_failed = True
+                line = f"the state of step {copied.step} could not be copied to this machine: {error.strerror}"
+                self._note("copy_failed", f"{line}; it is tried again every few steps", "warning", step=copied.step)
+        else:
+            self._generations.happened(generations.Saved(copied.step))
+            if self._fetch_failed:
+                self._fetch_failed = False
+                self._note("copied_again", "states can be copied to this machine again", step=copied.step)
+        finally:
+            self._fetching = None
+
+    def _finished(self, applied: Applied, *, whole: bool = True) -> None:
+        """A step is done; ``whole`` is false where only some of its ranks are left to say so."""
+        done = applied.first
         self._arrived("train", done.step)
-        if done.step != self.progress.step + 1:
-            raise TandemError(f"the worker reported step {done.step} after step {self.progress.step}")
+        if done.step != self._applied + 1:
+            raise TandemError(f"the worker reported step {done.step} after step {self._applied}")
+        self._applied = done.step
+        members = {member.id: member for member in self._crew.members}
+        for machine, report in applied.reports.items():
+            if machine in members:
+                members[machine].worked(report.padded_tokens, report.compute_seconds)
+        if done.step <= self.progress.step:
+            # Computed again: it stands in the metrics already.
+            self._rows.pop(done.step, None)
+            self.replayed_steps += 1
+            if self._went_on is not None:
+                self._went_on.replayed += 1
+            if done.step == self.progress.step:
+                self._tell_fault()
+            return
         loss = done.loss_sum / max(done.tokens, 1)
         # A gradient that is not finite has spoilt the weights already: no checkpoint is taken of them.
         if not math.isfinite(loss) or not math.isfinite(done.grad_norm):
@@ -278,6 +659,10 @@ class Engine:
         self.progress = dataclasses.replace(
             self.progress, step=done.step, iteration=program.last_iter(done.step), seconds=self._seconds()
         )
+        self._generations.happened(generations.Applied(done.step))
+        rows = {self._named(machine): count for machine, count in self._rows.pop(done.step, {}).items()}
+        reports = {self._named(machine): report for machine, report in applied.reports.items()}
+        self.tally.add(rows, max(report.seconds for report in reports.values()))
         metrics = {
             "step": done.step,
             "iter": self.progress.iteration,
@@ -285,31 +670,106 @@ class Engine:
             "tokens": done.tokens,
             "learning_rate": done.learning_rate,
             "grad_norm": done.grad_norm,
-            "seconds": done.seconds,
-            "compute_seconds": done.compute_seconds,
-            "wait_seconds": done.wait_seconds,
-            "nodes": 1,
-            "peak_memory_bytes": done.peak_memory_bytes,
-            "padded_tokens": done.padded_tokens,
+            **metrics_of(reports, rows),
         }
         self._reader.handle(StepFinished(metrics, program.reports(done.step)))
+        if len(members) > 1 and whole:
+            self._expect_sums(min(report.wait_seconds for report in reports.values()))
+            self._tell_shares([rows.get(member.name, 0) for member in members.values()])
+            self._tell_slow_network(applied)
 
-    def _save(self, copied: events.Copied, *, scheduled: bool = True) -> None:
+    def _expect_sums(self, seconds: float) -> None:
+        """Learn from how long one took: at once when the network has become slow, bit by bit that it is fast again."""
+        if seconds > self._sum_seconds:
+            self._sum_seconds = seconds
+            self._watch.sums_may_take(patience(seconds))
+        else:
+            self._sum_seconds += SUM_SMOOTHING * (seconds - self._sum_seconds)
+
+    def _named(self, machine: str) -> str:
+        """What people call a machine that is, or was, a rank."""
+        member = self._crew.find(machine)
+        if member is not None:
+            self._names[machine] = member.name
+        return self._names.get(machine, machine)
+
+    def _tell_shares(self, rows: list[int]) -> None:
+        """Say who does how much when that has changed by more than a little."""
+        now = [count / max(sum(rows), 1) for count in rows]
+        before = self._shares if len(self._shares) == len(now) else now
+        self._shares = [a + SHARE_SMOOTHING * (b - a) for a, b in zip(before, now, strict=True)]
+        self._told_shares = self._told_shares if len(self._told_shares) == len(now) else now
+        moved = max(abs(a - b) for a, b in zip(self._shares, self._told_shares, strict=True))
+        if moved > MOVED_SHARE and time.monotonic() - self._shares_told_at > SHARES_TOLD_SECONDS:
+            self._shares_told_at = time.monotonic()
+            parts = [
+                f"{member.name} {100 * share:.0f} %"
+                for member, share in zip(self._crew.members, self._shares, strict=True)
+            ]
+            self._note("shares", f"shares of the rows now: {', '.join(parts)}", step=self.progress.step)
+            self._told_shares = self._shares
+
+    def _tell_slow_network(self, applied: Applied) -> None:
+        """Say once that the network takes too much of a step, and what would help."""
+        reports = applied.reports.values()
+        compute, waits = [report.compute_seconds for report in reports], [report.wait_seconds for report in reports]
+        self._splits.append(network_waits(compute, waits))
+        if self._slow_network_told or len(self._splits) < SLOW_NETWORK_STEPS:
+            return
+        line = says_slow_network(list(self._splits))
+        if line is not None:
+            self._slow_network_told = True
+            self._note("slow_network", line, "warning", step=applied.step)
+
+    async def _save(self, index: int, copied: events.Copied, *, scheduled: bool = True) -> None:
+        """Make a checkpoint of a copy; the training of several goes on meanwhile."""
+        self._can_save(self._crew.members[index])
         progress = dataclasses.replace(
             self.progress,
             step=copied.step,
             iteration=self._work.program.last_iter(copied.step),
             seconds=self._seconds(),
         )
+        if len(self._crew) == 1:
+            await self._store(index, copied, progress, scheduled=scheduled)
+            return
+        await self._settle()
+        self._saving = asyncio.create_task(self._store(index, copied, progress, scheduled=scheduled))
+
+    async def _settle(self) -> None:
+        """Wait until the last copy is saved."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            await saving
+
+    async def _store(self, index: int, copied: events.Copied, progress: Progress, *, scheduled: bool) -> None:
+        member = self._crew.members[index]
         try:
-            checkpoint = self._checkpoints.save(copied, self._folder, progress, scheduled=scheduled)
+            copies = self._work.folder if member.here else (await self._copies.fetch(member.link, copied)).folder
+            checkpoint = await asyncio.to_thread(self._checkpoints.save, copied, copies, progress, scheduled=scheduled)
             removed = self._checkpoints.prune(self.progress.best_step)
-        except OSError as error:
-            why = error.strerror or str(error)
+        except (OSError, TandemError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            self._save_lost = isinstance(error, TandemError)
             self._note("checkpoint_failed", f"checkpoint of step {copied.step} not written: {why}", "warning")
             return
-        self.saved_step, self._newest = copied.step, checkpoint
+        self.saved_step = copied.step
+        self._copies.saved(checkpoint)
+        self._generations.happened(generations.Saved(copied.step))
         self._note("checkpoint", f"saved checkpoint {checkpoint.folder.name}", step=copied.step, removed=removed)
+
+    async def _compare(self) -> None:
+        """See that all members ended with the same weights."""
+        crew = self._crew
+        if len(crew) == 1:
+            return
+        digests = {index: answer.sha256 for index, answer in (await self._ask_all(Digest(), events.Digested)).items()}
+        kept = digests[crew.keeper]
+        different = [crew.members[index].name for index, found in digests.items() if found != kept]
+        self.final_digest = "" if different else kept
+        if different:
+            message = f"{', '.join(different)} ended with weights that differ from {crew.members[crew.keeper].name}'s"
+            self._note("different", message, "warning")
 
     async def _validate(self, step: int) -> None:
         # A worker that dies after the result and before the samples gives no second result.
@@ -321,13 +781,9 @@ class Engine:
         best = step > 0 and self.progress.best_step == step
         follows = len(self._pending) > 1 and self._pending[1] == Action("checkpoint", step)
         if best and self._work.save_best and not follows:
-            await self._send(CopyState(step))
-            while not isinstance(event := await self._next(), events.Copied | events.CopyFailed) or not event.requested:
-                self._take(event)
-            if isinstance(event, events.Copied):
-                self._save(event, scheduled=False)
-            else:
-                self._take(event)
+            await self._copy(step)
+            await self._hear_copy(scheduled=False)
+            await self._settle()
         if self._work.early_stop is not None and self.progress.stale_validations >= self._work.early_stop:
             self.stopped_early = True
             count = self.progress.stale_validations
@@ -354,62 +810,23 @@ class Engine:
 
     async def _generate(self, prompt: SamplePrompt) -> list[int]:
         self._chunk += 1
-        await self._send(Generate(self._chunk, prompt.tokens, prompt.stop, prompt.max_tokens))
+        name, keeper = ("text", self._chunk), self._crew.keeper
+        limit = GENERATE_SECONDS if len(self._crew) > 1 else UNPREDICTED_SECONDS
+        self._watch.asked(keeper, name, limit, time.monotonic())
+        await self._crew.send(keeper, Generate(self._chunk, prompt.tokens, prompt.stop, prompt.max_tokens))
         tokens: list[int] = []
         while True:
-            event = await self._next()
+            index, event = await self._next()
             if isinstance(event, events.TokensGenerated) and event.id == self._chunk:
                 tokens += event.tokens.tolist()
+                self._watch.moved(index, time.monotonic())
                 if event.finished:
+                    self._watch.done(index, name, time.monotonic())
                     return tokens
             else:
-                self._take(event)
+                await self._take(index, event)
 
-    # --- losing and restoring -------------------------------------------------------------------------------------
-
-    async def _restore(self) -> None:
-        """Bring a fresh worker to the last applied step, from the newest state that can be read."""
-        # Before anything is awaited: this worker may be lost too, and what was asked for must not be forgotten.
-        self._put_back()
-        source: _Copy | None = None
-        for copy in sorted(self._copies, key=lambda item: item.step, reverse=True):
-            if copy.step <= self.progress.step and all((self._folder / r.name).exists() for r in _refs(copy)):
-                source = copy
-                break
-        saved = self._newest
-        if saved is not None and (source is None or source.step < saved.progress.step):
-            source = self._lay_out(saved)
-        if source is not None:
-            await self._put(source)
-        restored = source.step if source is not None else 0
-        if self._restarted:
-            await self._replay(restored + 1)
-
-    async def _put(self, copy: _Copy) -> None:
-        await self._send(Restore(copy.step, copy.weights, copy.optimizer))
-        await self._expect(events.Restored)
-
-    async def _replay(self, first: int) -> None:
-        """Compute again what was applied after the restored state; it stands in the metrics already."""
-        last = self.progress.step
-        count = last - first + 1
-        self.replayed_steps += count
-        began = time.monotonic()
-        sent = done = first - 1
-        while done < last:
-            while sent < last and sent - done < STEPS_AHEAD:
-                sent += 1
-                await self._send(TrainStep(self._work.steps.share(sent)))
-            event = await self._next()
-            if isinstance(event, events.StepDone):
-                done = event.step
-            else:
-                self._take(event)
-        seconds = time.monotonic() - began
-        message = f"went on from step {first - 1}"
-        if count:
-            message += f"; {count} steps computed again in {seconds:.1f} s"
-        self._note("restarted", message, replayed_steps=count, step=last)
+    # --- losing and going on ----------------------------------------------------------------------------------------
 
     def _put_back(self) -> None:
         """Ask again for what was in flight; a checkpoint whose step has passed is taken of the present step."""
@@ -421,97 +838,219 @@ class Engine:
         order = sorted(again + later, key=lambda action: (action.step, action.kind == "checkpoint"))
         self._pending.extendleft(reversed(first + order))
 
-    def _lay_out(self, checkpoint: Checkpoint) -> _Copy:
-        """Put a checkpoint's files where the worker looks for them."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        refs = []
-        for ref in (checkpoint.weights, checkpoint.optimizer):
-            name = f"resumed-{checkpoint.progress.step:07d}.{ref.name}"
-            link_or_copy(checkpoint.folder / ref.name, self._folder / name)
-            refs.append(dataclasses.replace(ref, name=name))
-        return _Copy(checkpoint.progress.step, refs[0], refs[1])
-
     async def _save_and_stop(self) -> None:
-        """Have the state after the running step saved, and nothing more begun."""
+        """Have the newest state that anybody holds saved, and nothing more begun."""
         self._stop = asyncio.Event()  # a second Ctrl-C is the command line's to handle
-        assert self._link is not None
-        self._link.cancel()
+        crew, applied = self._crew, dict[str, int]()
+        crew.cancel()
+        ends = time.monotonic() + RESCUE_SECONDS
+        if self._saving is None and len(crew) == 1:
+            applied[crew.members[0].id] = self.progress.step
+        else:
+            for index in crew.present:
+                await self._ask_quietly(index, Digest(weights=False))
+        # Nobody waits for who is frozen: a worker that runs says something every second.
+        while time.monotonic() < ends and any(
+            crew.members[index].id not in applied and crew.silence(index) < SILENT_SECONDS for index in crew.present
+        ):
+            heard, event = await self._hear_quietly()
+            if isinstance(event, events.Digested) and heard is not None:
+                applied[crew.members[heard].id] = event.step
+        self._close_ledger(max(applied.values(), default=0))
         try:
-            await self._send(CopyState(self.progress.step))
-            while True:
-                event = await self._next()
-                if isinstance(event, events.Copied) and event.requested:
-                    if event.step <= self.saved_step:
-                        return
-                    self._save(event, scheduled=self._work.program.saves(event.step))
-                    if event.step == self.progress.step:
-                        return
-                else:
-                    self._take(event)
-                    if isinstance(event, events.CopyFailed) and event.requested:
-                        return
-        except (WorkerError, OSError) as error:
+            await self._settle()
+            for machine in sorted(applied, key=lambda machine: applied[machine], reverse=True):
+                if machine in crew.ids and applied[machine] >= self._applied and await self._save_from(machine):
+                    return
+        except (TandemError, OSError) as error:
             self._note("worker_lost", f"{error}; the checkpoint of step {self.saved_step} is the last", "warning")
 
-    # --- talking to the worker ------------------------------------------------------------------------------------
+    def _close_ledger(self, most: int) -> None:
+        """Take in the steps that only some have reported: whoever has applied a step had everybody's sum."""
+        for step in self._ledger.close():
+            if self._applied < step.step <= most:
+                self._finished(step, whole=False)
+
+    def _recover(self, kept: Kept) -> bool:
+        """Record what a worker had applied before it was lost and could not tell; whether its state is of use."""
+        step = kept.copy.step
+        if step > self._asked:
+            return False  # of another sitting
+        try:
+            told = told_by(kept.copy)
+        except TandemError:
+            return False
+        missing = range(self.progress.step + 1, step + 1)
+        if not all(number in told and _finite(told[number]) for number in missing):
+            return False
+        for number in missing:
+            self._applied = number - 1
+            self._finished(Applied(number, {kept.machine: told[number]}), whole=False)
+        return True
+
+    async def _ask_quietly(self, index: int, request: Request) -> None:
+        """Ask a member that may be gone; that is noticed when it is listened to."""
+        with contextlib.suppress(MemberFailed, TimeoutError):
+            async with asyncio.timeout(SILENT_SECONDS):
+                await self._crew.send(index, request)
+
+    async def _hear_quietly(self) -> tuple[int | None, events.Event | None]:
+        """The next event, if there is one within a second; who is lost is not missed."""
+        try:
+            index, event = await self._crew.next(stoppable=False, until=time.monotonic() + 1.0)
+            if not isinstance(event, events.RingFailed | events.Copied | events.CopyFailed):
+                await self._take(index, event)
+        except (MemberFailed, TimeoutError, Woken):
+            return None, None
+        return index, event
+
+    async def _save_from(self, machine: str) -> bool:
+        """Save the state that this member holds, whatever becomes of the others; whether there is no more to do."""
+        crew = self._crew
+        if self._applied < self.progress.step:
+            return True  # in the midst of computing again: what is saved is no older
+        lost = ""
+        await self._ask_quietly(crew.index(machine), CopyState(self.progress.step))
+        ends = time.monotonic() + RESCUE_SECONDS + _moving_seconds(crew)
+        while time.monotonic() < ends:
+            try:
+                index, event = await crew.next(stoppable=False, until=time.monotonic() + 1.0)
+            except (TimeoutError, Woken):
+                continue
+            except MemberFailed as failed:
+                if failed.member.id == machine:
+                    lost = str(failed.error)
+                    break
+                continue
+            if crew.members[index].id == machine and isinstance(event, events.Copied) and event.requested:
+                if event.step > self.saved_step:
+                    await self._save(index, event, scheduled=self._work.program.saves(event.step))
+                    await self._settle()
+                if event.step == self.progress.step:
+                    return True
+            elif not isinstance(event, events.RingFailed | events.Copied):
+                await self._take(index, event)
+                if isinstance(event, events.CopyFailed) and event.requested:
+                    return False
+        self._note(
+            "worker_lost", f"{lost or 'no answer'}; the checkpoint of step {self.saved_step} is the last", "warning"
+        )
+        return False
+
+    # --- talking to the workers -----------------------------------------------------------------------------------
 
     @property
-    def _folder(self) -> Path:
-        return Path(self._work.job.folder)
+    def _crew(self) -> Crew:
+        assert self._assembled is not None
+        return self._assembled
 
-    async def _send(self, request: Setup | Restore | TrainStep | Evaluate | CopyState | Generate) -> None:
-        assert self._link is not None
-        try:
-            async with asyncio.timeout(SILENCE_SECONDS):
-                await self._link.send(request)
-        except TimeoutError as error:
-            raise WorkerLost(f"the worker took nothing in for {SILENCE_SECONDS:.0f} s") from error
+    @property
+    def _generations(self) -> Regroup:
+        assert self._regroup is not None
+        return self._regroup
 
-    async def _next(self) -> events.Event:
+    async def _next(self) -> tuple[int, events.Event]:
         """The next event that is no sign of life only.
 
         Raises:
-            StopRequested: Ctrl-C came first.
-            WorkerLost: the worker is gone, or has said nothing for too long.
+            As ``Crew.next``; GroupBroken: somebody is late.
         """
+        crew = self._crew
         while True:
-            event = await self._receive()
-            if isinstance(event, events.Progress):
-                self._reader.handle(Advanced(event.task, event.done, event.total))
-            elif not isinstance(event, events.Heartbeat | events.ComputeStarted | events.ReduceEntered):
-                return event
+            try:
+                index, event = await crew.next(until=self._watch.deadline())
+            except Woken:
+                self._generations.arrived()
+                continue
+            except TimeoutError:
+                self._late()
+                continue
+            now = time.monotonic()
+            match event:
+                case events.Progress(task, done, total):
+                    self._reader.handle(Advanced(task, done, total))
+                case events.ReduceEntered(step):
+                    self._watch.entered(index, step, now)
+                case events.ComputeStarted():
+                    self._watch.moved(index, now)
+                case events.Heartbeat():
+                    pass
+                case _:
+                    return index, event
 
-    async def _receive(self) -> events.Event:
-        assert self._link is not None
-        if self._stop.is_set():  # however fast events come in
-            raise StopRequested
-        if self._receiving is None:
-            self._receiving = asyncio.create_task(self._link.receive())
-        stopping = asyncio.create_task(self._stop.wait())
-        # The second look is for a program that was itself suspended: its timer ends before it reads what has come.
-        for seconds in (SILENCE_SECONDS, SECOND_LOOK_SECONDS):
-            done, _ = await asyncio.wait(
-                {self._receiving, stopping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if done:
-                break
-        stopping.cancel()
-        if self._receiving in done:
-            task, self._receiving = self._receiving, None
-            return task.result()
-        if stopping in done:
-            raise StopRequested
-        raise WorkerLost(f"the worker said nothing for {SILENCE_SECONDS:.0f} s")
+    def _late(self) -> None:
+        """Say what follows from the watch's deadline.
 
-    async def _expect(self, kind: type[_E]) -> _E:
+        Raises:
+            MemberFailed: somebody is frozen or cut off.
+            GroupBroken: somebody is late, or all wait for a sum that does not come.
+        """
+        crew, late = self._crew, self._watch.late(time.monotonic())
+        if late is None:
+            return
+        if isinstance(late.duty, tuple) and late.duty[0] == "copy":
+            assert late.member is not None
+            line = f"it has not written the state of step {late.duty[1]} in {late.seconds:.0f} s"
+            raise MemberFailed(crew.members[late.member], WorkerLost(line))
+        if len(crew) == 1:
+            # Nobody can be asked who has got further: it begins anew from its last copy.
+            line = f"the worker is alive, but has not finished {_named_duty(late.duty)} after {late.seconds:.0f} s"
+            raise MemberFailed(crew.members[0], WorkerLost(line))
+        silent = max(crew.present, key=crew.silence)
+        if late.member is not None:
+            member = crew.members[late.member]
+            if crew.silence(late.member) >= SILENT_SECONDS:
+                raise MemberFailed(member, WorkerLost(f"silent for {crew.silence(late.member):.0f} s"))
+            what = _named_duty(late.duty)
+            # It may only have become slow: then its share shrinks, and it goes on.
+            if member.pace is not None:
+                member.pace = member.pace.slowed(late.seconds / max(self._predicted, 1e-9))
+            raise GroupBroken(f"{member.name} has not finished {what} after {late.seconds:.1f} s", hang=False)
+        if crew.silence(silent) >= SILENT_SECONDS:
+            member = crew.members[silent]
+            raise MemberFailed(member, WorkerLost(f"silent for {crew.silence(silent):.0f} s"))
+        # If nobody is lost, it may only have become slow.
+        self._expect_sums(late.seconds)
+        raise GroupBroken(f"no sum of step {late.duty} after {late.seconds:.1f} s", hang=True)
+
+    async def _hear_all(self, answer: type[_E]) -> dict[int, _E]:
+        """Wait for the same answer of every member."""
+        answers: dict[int, _E] = {}
+        while len(answers) < len(self._crew):
+            index, event = await self._next()
+            if isinstance(event, answer):
+                self._watch.done(index, answer.__name__, time.monotonic())
+                answers[index] = event
+            else:
+                await self._take(index, event)
+        return answers
+
+    async def _ask_all(self, request: Request, answer: type[_E]) -> dict[int, _E]:
+        """Ask every member the same, and wait for the answer of each."""
+        limit = patience(0.0, EVALUATION_SECONDS + _moving_seconds(self._crew))
+        for index in range(len(self._crew)):
+            self._watch.asked(index, answer.__name__, limit, time.monotonic())
+            await self._crew.send(index, request)
+        return await self._hear_all(answer)
+
+    async def _hear_copy(self, *, scheduled: bool) -> None:
+        """Wait for the copy that was asked for, and make a checkpoint of it."""
         while True:
-            event = await self._next()
-            if isinstance(event, kind):
-                return event
-            self._take(event)
+            index, event = await self._next()
+            if isinstance(event, events.Copied) and event.requested:
+                self._watch.copied(index)
+                await self._save(index, event, scheduled=scheduled)
+                return
+            await self._take(index, event)
+            if isinstance(event, events.CopyFailed) and event.requested:
+                return
 
-    def _arrived(self, kind: str, step: int) -> None:
-        self._in_flight = [action for action in self._in_flight if (action.kind, action.step) != (kind, step)]
+    def _arrived(self, kind: str, step: int) -> bool:
+        """Whether this was under way; it is no more."""
+        left = [action for action in self._in_flight if (action.kind, action.step) != (kind, step)]
+        was = len(left) < len(self._in_flight)
+        self._in_flight = left
+        return was
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began
@@ -520,5 +1059,20 @@ class Engine:
         self._reader.handle(Noted(kind, message, level, details))
 
 
-def _refs(copy: _Copy) -> tuple[FileRef, FileRef]:
-    return copy.weights, copy.optimizer
+def _moving_seconds(crew: Crew) -> float:
+    """For writing the trainable state. In full fine-tuning a rank waits while it does."""
+    parameters = max((member.ready.trainable_parameters for member in crew.members), default=0)
+    return STATE_BYTES_PER_PARAMETER * parameters / SLOWEST_COPY_BYTES_PER_SECOND
+
+
+def _named_duty(duty: Hashable) -> str:
+    return f"step {duty}" if isinstance(duty, int) else "its part of an evaluation"
+
+
+def _finite(done: events.StepDone) -> bool:
+    return math.isfinite(done.loss_sum) and math.isfinite(done.grad_norm)
+
+
+def _pace(member: Member) -> Pace:
+    assert member.pace is not None, "members of a group have been probed"
+    return member.pace

@@ -18,6 +18,7 @@ from coordinator.summing import sum_losses
 from coordinator.tokens import token_sets
 from coordinator.workers import next_event, task_worker
 from node.errors import OutOfMemory, UserError
+from node.events import Event
 from node.spec import ModelSpec
 
 # Options that a run's own record answers for when they are not said.
@@ -117,7 +118,9 @@ async def test(options: TestOptions, view: Reader) -> TestResult:
     """
     adapter = read_adapter(options.adapter_path) if options.adapter_path else None
     config = _settled(options, adapter)
-    model = await in_background(lambda advance: resolve(config.model, progress=advance), view)
+    model = await in_background(
+        lambda advance: resolve(config.model, progress=advance, trust_remote_code=config.trust_remote_code), view
+    )
     split: Any = options.split
     sets = await in_background(lambda advance: token_sets(config, model, advance, (split,), required=(split,)), view)
     tokens = sets[split]
@@ -127,14 +130,21 @@ async def test(options: TestOptions, view: Reader) -> TestResult:
     spec = ModelSpec(str(model.path), str(adapter.path) if adapter else "", config.trust_remote_code)
     try:
         async with task_worker(spec, view) as worker:
+
+            async def answer() -> tuple[int, Event]:
+                return 0, await next_event(worker)
+
+            async def pass_over(_worker: int, _event: Event) -> None:
+                """Only the answers count."""
+
             began = time.monotonic()
             loss_sum, count = await sum_losses(
                 evaluation,
                 0,
-                worker.send,
-                lambda: next_event(worker),
+                lambda _, request: worker.send(request),
+                answer,
                 advance=lambda done, total: view.handle(Advanced("testing", done, total)),
-                pass_on=lambda _: None,
+                pass_on=pass_over,
             )
             seconds = time.monotonic() - began
     except OutOfMemory as error:

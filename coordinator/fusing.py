@@ -89,7 +89,9 @@ async def fuse(options: FuseOptions, view: Reader) -> FuseResult:
         _check_repo(options.upload_repo)
     if (options.gguf_path or options.gguf_type != "f16") and not options.export_gguf:
         view.handle(Noted("no_gguf", "no GGUF file is written: that takes --export-gguf", "warning"))
-    model = await in_background(lambda advance: resolve(name, progress=advance), view)
+    model = await in_background(
+        lambda advance: resolve(name, progress=advance, trust_remote_code=options.trust_remote_code), view
+    )
     gguf = _file(options.gguf_path) or f"ggml-model-{options.gguf_type}.gguf"
     request = Fuse(
         model=ModelSpec(str(model.path), str(adapter.path), options.trust_remote_code),

@@ -176,7 +176,9 @@ async def open_session(options: GenerateOptions, view: Reader) -> AsyncIterator[
     """
     adapter = read_adapter(options.adapter_path) if options.adapter_path else None
     name = model_of(options.model, adapter)
-    model = await in_background(lambda advance: resolve(name, progress=advance), view)
+    model = await in_background(
+        lambda advance: resolve(name, progress=advance, trust_remote_code=options.trust_remote_code), view
+    )
     spec = ModelSpec(str(model.path), str(adapter.path) if adapter else "", options.trust_remote_code)
     # Both take seconds, and neither needs the other.
     loading = asyncio.create_task(asyncio.to_thread(Prompter, model.path, trust_remote_code=options.trust_remote_code))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,28 +15,51 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import runs
+from coordinator.alone import Alone
 from coordinator.books import Books
-from coordinator.checkpoint import Checkpoint, Checkpoints
+from coordinator.checkpoint import Checkpoint, Checkpoints, Progress
 from coordinator.checks import check_model, check_options, data_warnings
 from coordinator.config import TrainConfig
+from coordinator.config_file import merge, read_yaml
+from coordinator.crew import Member, StopRequested, unless_stopped
 from coordinator.data.batches import Batches
 from coordinator.data.tokenset import TokenSet
-from coordinator.engine import Engine, StopRequested, Work
+from coordinator.engine import Engine, Work
 from coordinator.finish import fuse_result, next_commands, summary
-from coordinator.home import new_job_folder
+from coordinator.fleet import Fleet, Selection, Wanted, looking
+from coordinator.growing import Growing
+from coordinator.home import holds, new_job_folder
 from coordinator.models import ResolvedModel, resolve
-from coordinator.preflight import check_before_loading, check_memory, fitting_tokens, parse_size
+from coordinator.planner import Plan
+from coordinator.preflight import check_before_loading, check_memory, fitting_tokens
 from coordinator.program import Program
 from coordinator.prompts import Prompter, sample_prompts
-from coordinator.runfolder import RunFolder
+from coordinator.regroup import Muster
+from coordinator.runfolder import RunFolder, read_json_lines
 from coordinator.shares import Evaluation, StepSource
 from coordinator.specs import job_spec
-from coordinator.stream import Advanced, Broadcast, Noted, Reader, RunStarted, Tested
+from coordinator.stream import (
+    FAILED,
+    STOPPED,
+    Advanced,
+    Broadcast,
+    Noted,
+    Reader,
+    RunStarted,
+    StepFinished,
+    Tested,
+)
+from coordinator.takeup import History, TakenUp, take_up
 from coordinator.tokens import token_sets
+from node import power
+from node.awake import Awake
 from node.errors import Interrupted, TandemError, UserError, WorkerError
-from node.events import Ready
+from node.files import sha256_of
 from node.hardware import describe, facts
-from node.supervisor import LocalWorker, WorkerLink
+from node.ring_end import RingWorker
+from node.sizes import parse_size
+from node.spec import FileRef
+from node.supervisor import WorkerLink
 
 INITIAL_WEIGHTS = "initial.safetensors"
 
@@ -67,13 +91,28 @@ class RunResult:
     written: tuple[str, ...]
 
 
+async def plan(config: TrainConfig, view: Reader) -> Plan:
+    """Find the nodes, have them load the model, measure, and say who would do what. Nothing is written.
+
+    Raises:
+        As ``train``.
+    """
+    with contextlib.closing(Broadcast([view])) as reader:
+        job = _Job(config, reader, view, resume=False)
+        job.plan_only = True
+        await job.run()
+        assert job.fleet is not None
+        assert job.fleet.plan is not None
+        return job.fleet.plan
+
+
 async def train(config: TrainConfig, view: Reader, *, resume: bool = False) -> RunResult:
     """Run a training.
 
     Args:
         config: all options.
         view: shows the run; closed when it ends.
-        resume: go on from the last checkpoint in the adapter folder.
+        resume: go on with the run in the adapter folder, from the newest state that anyone holds.
 
     Raises:
         UserError: a mistake in what was asked for; nothing was written.
@@ -81,7 +120,9 @@ async def train(config: TrainConfig, view: Reader, *, resume: bool = False) -> R
         TandemError: the run failed.
     """
     with contextlib.closing(Broadcast([view])) as reader:
-        return await _Job(config, reader, view, resume).run()
+        result = await _Job(config, reader, view, resume).run()
+        assert result is not None
+        return result
 
 
 class _Job:
@@ -96,47 +137,93 @@ class _Job:
         self.stop = asyncio.Event()
         self.run_id = (self.folder.run_id() if resume else None) or runs.new_id()
         self.work_folder = new_job_folder(self.run_id)
+        self.plan_only = False
+        self.selection: Selection | None = None
+        self.fleet: Fleet | None = None
+        self.taken: TakenUp | None = None
+        self.validation: Evaluation | None = None
+        self.token_limit: int | None = None
 
-    async def run(self) -> RunResult:
-        with self._signals():
+    async def run(self) -> RunResult | None:
+        """Do all of it; None where only the plan was asked for."""
+        with self._signals(), Awake() as awake:
+            if awake.trouble:
+                self.reader.handle(Noted("awake", awake.trouble, "warning"))
             check_options(self.config, resume=self.resume)
-            model = await asyncio.to_thread(resolve, self.config.model, progress=self._advance)
+            # While the model is looked for, so are the nodes.
+            async with looking(self.config, self.reader, plan_only=self.plan_only) as nodes:
+                resolving = asyncio.create_task(
+                    asyncio.to_thread(
+                        resolve,
+                        self.config.model,
+                        progress=self._advance,
+                        trust_remote_code=self.config.trust_remote_code,
+                    )
+                )
+                try:
+                    self.selection = await nodes
+                except BaseException:
+                    self.stop.set()  # ends a download
+                    await asyncio.gather(resolving, return_exceptions=True)
+                    raise
+                model = await resolving
             self._check_inputs(model)
+            if await asyncio.to_thread(power.on_battery):
+                line = "this machine runs on battery power: plug it in, or the run ends with the battery"
+                self.reader.handle(Noted("battery", line, "warning"))
             try:
                 return await self._prepared(model)
             except WorkerError:
+                self._hold_copies()
                 # The worker's log is what its message points to.
                 for copy in self.work_folder.glob("*.safetensors"):
                     copy.unlink()
                 raise
             except BaseException:
+                self._hold_copies()
                 shutil.rmtree(self.work_folder, ignore_errors=True)
                 raise
             finally:
+                if self.fleet is not None:
+                    await self.fleet.close()
                 self.folder.unlock()
 
-    async def _prepared(self, model: ResolvedModel) -> RunResult:
+    async def _prepared(self, model: ResolvedModel) -> RunResult | None:
         """The rest of the run, once the model is here."""
-        resumed = None
+        checkpoint = None
         if self.resume:
             self.folder.lock()
-            resumed = self._resumed()
+            checkpoint = self._checkpoint()
         data = await asyncio.to_thread(self._prepare, model)
         self._resolve_counts(data["train"])
-        engine = self._engine(model, data, resumed)
+        self.program = _program(self.config, validates="valid" in data)
+        if self.resume:
+            self.taken = await self._take_up(checkpoint, data)
+        engine = self._engine(model, data, self.taken.checkpoint if self.taken is not None else None)
         try:
-            ready = await engine.prepare()
-            self._open_books(engine)
-            result = await self._train(engine, ready, model, data)
+            members = await engine.prepare()
+            if self.fleet is not None and self.selection is not None:
+                self.token_limit = self.fleet.token_limit
+                if self.validation is not None:
+                    self.validation.limit_tokens(self.token_limit)
+            if self.plan_only:
+                return None
+            await self._open_books(engine)
+            result = await self._train(engine, members, model, data)
         except StopRequested as error:
             raise self._interrupted(engine) from error
         except UserError as error:
-            # The worker knows our copy of the file only.
-            kept, given = str(self.work_folder / INITIAL_WEIGHTS), self.config.resume_adapter_file
-            raise UserError(str(error).replace(kept, given or kept)) from error
+            # The worker knows its own copy of the file only.
+            given = self.config.resume_adapter_file
+            raise UserError(
+                re.sub(rf"\S*{re.escape(INITIAL_WEIGHTS)}", given or INITIAL_WEIGHTS, str(error))
+            ) from error
         finally:
+            if self.fleet is not None and engine.saved_step < engine.progress.step:
+                self.fleet.keep_states()
             await engine.close()
         shutil.rmtree(self.work_folder, ignore_errors=True)
+        self._drop_hold()
         return result
 
     # --- before training ------------------------------------------------------------------------------------------
@@ -145,22 +232,48 @@ class _Job:
         self.cache_threshold = parse_size(self.config.clear_cache_threshold, "--clear-cache-threshold")
         self.folder.check_free()
         warnings = check_model(self.config, model, resume=self.resume)
-        for warning in [*warnings, *check_before_loading(self.config, model)]:
+        # Of several machines, the plan decides who has the memory.
+        here = self.selection is None
+        for warning in [*warnings, *check_before_loading(self.config, model, memory=here)]:
             self.reader.handle(Noted("warning", warning, "warning"))
 
-    def _resumed(self) -> Checkpoint:
+    def _checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is intact."""
+
         def damaged(message: str) -> None:
             self.reader.handle(Noted("damaged_checkpoint", message, "warning"))
 
         checkpoints = Checkpoints(self.folder, self.config.keep_last)
         checkpoints.sweep()
-        checkpoint = checkpoints.newest_intact(damaged)
-        if checkpoint is None:
-            raise UserError(
-                f"--resume: no usable checkpoint in {self.folder.checkpoints}; start without --resume, perhaps with"
-                " --resume-adapter-file to begin from the weights of an older one"
+        return checkpoints.newest_intact(damaged)
+
+    async def _take_up(self, checkpoint: Checkpoint | None, data: dict[str, TokenSet]) -> TakenUp:
+        """The newest state of this run that anyone holds."""
+        then = merge(read_yaml(self.folder.config), {})
+        then = dataclasses.replace(then, iters=then.total_iters(self.batches.per_epoch), epochs=None)
+        before = checkpoint.progress if checkpoint is not None else Progress(0, 0, data_digest=data["train"].digest)
+        taken = None
+        if checkpoint is not None or self.folder.data_digest() is not None:
+            history = History(
+                dataclasses.replace(before, data_digest=self.folder.data_digest() or before.data_digest),
+                read_json_lines(self.folder.metrics),
+                _program(then, validates="valid" in data and then.val_batches != 0),
+                self.program,
             )
-        return checkpoint
+            nodes = self.selection.nodes if self.selection is not None else ()
+            checkpoints = Checkpoints(self.folder, self.config.keep_last)
+            folder = self.work_folder / "taken"
+            finding = take_up(self.run_id, history, checkpoint, checkpoints, nodes, folder, self.reader)
+            try:
+                taken = await unless_stopped(finding, self.stop)
+            except StopRequested as error:
+                raise Interrupted("stopped before training began; nothing was written") from error
+        if taken is None:
+            raise UserError(
+                f"--resume: no usable checkpoint in {self.folder.checkpoints}, and nobody holds a state of this run;"
+                " start without --resume, perhaps with --resume-adapter-file to begin from the weights of an older one"
+            )
+        return taken
 
     def _prepare(self, model: ResolvedModel) -> dict[str, TokenSet]:
         config = self.config
@@ -203,18 +316,11 @@ class _Job:
         if resumed is not None and resumed.progress.data_digest != train.digest:
             raise UserError(f"--resume: the training data is not what this run began with; put {config.data} back")
         validation = Evaluation(data["valid"], config.batch_size, config.val_batches) if "valid" in data else None
-        assert config.iters is not None
-        self.program = Program(
-            total_iters=config.iters,
-            accumulation=config.grad_accumulation_steps,
-            save_every=config.save_every,
-            steps_per_eval=config.steps_per_eval,
-            steps_per_report=config.steps_per_report,
-            validates=validation is not None,
-        )
+        self.validation = validation
         largest = dataclasses.replace(config, batch_size=min(config.batch_size, len(train)))
-        for warning in check_memory(largest, model, train.longest):
-            self.reader.handle(Noted("warning", warning, "warning"))
+        if self.selection is None:
+            for warning in check_memory(largest, model, train.longest):
+                self.reader.handle(Noted("warning", warning, "warning"))
         if resumed is not None and self.program.last_iter(resumed.progress.step) != resumed.progress.iteration:
             raise UserError(
                 f"--iters {config.iters}: the run ended within a step of --grad-accumulation-steps"
@@ -222,13 +328,16 @@ class _Job:
                 " with --resume-adapter-file"
             )
         steps = StepSource(train, self.batches, self.program)
-        steps.token_limit = fitting_tokens(largest, model, train.longest)
+        steps.token_limit = fitting_tokens(largest, model, train.longest) if self.selection is None else None
+        self.token_limit = steps.token_limit
         if validation is not None:
             validation.limit_tokens(steps.token_limit)
         # Loading a tokenizer takes seconds; a resumed run with cached tokens and no samples needs none.
         prompter = Prompter(model.path, trust_remote_code=config.trust_remote_code) if config.sample_prompt else None
+        beginning, given = self._beginning(resumed)
+        spec = job_spec(beginning, model.path, self.run_id, self.work_folder, self.cache_threshold)
         work = Work(
-            job=job_spec(self._beginning(resumed), model.path, self.run_id, self.work_folder, self.cache_threshold),
+            folder=self.work_folder,
             program=self.program,
             steps=steps,
             validation=validation,
@@ -238,36 +347,56 @@ class _Job:
             save_best=config.early_stop is not None or config.keep_last is not None,
             data_digest=train.digest,
         )
-        return Engine(
-            work, self._start_worker, Checkpoints(self.folder, config.keep_last), self.reader, resumed, self.stop
-        )
+        muster = self._muster(Wanted(config, model, spec, given, steps, train, self.program))
+        return Engine(work, muster, Checkpoints(self.folder, config.keep_last), self.reader, resumed, self.stop)
 
-    def _beginning(self, resumed: Checkpoint | None) -> TrainConfig:
-        """The options with the file that the weights begin from, where it cannot be moved away or overwritten."""
+    def _muster(self, wanted: Wanted) -> Muster:
+        """Where the workers come from."""
+        if self.selection is not None:
+            self.fleet = Fleet(wanted, self.selection, self.reader, self.stop)
+            return self.fleet
+        alone = Alone(self._start_worker, wanted.job, wanted.given, self.reader, self.stop)
+        if wanted.config.nodes == "local":
+            return alone
+        self.fleet = Growing(wanted, alone, self.reader, self.stop)
+        return self.fleet
+
+    def _beginning(self, resumed: Checkpoint | None) -> tuple[TrainConfig, dict[FileRef, Path]]:
+        """The options as the workers are to know them, and the file that the weights begin from.
+
+        It is copied, so that it can be moved away or overwritten meanwhile.
+        """
         given = self.config.resume_adapter_file
         if given is None:
-            return self.config
+            return self.config, {}
         if resumed is not None:
             # A checkpoint holds all weights that are trained; the file that they began from may be gone by now.
-            return dataclasses.replace(self.config, resume_adapter_file=None)
-        self.work_folder.mkdir(parents=True, exist_ok=True)
-        kept = self.work_folder / INITIAL_WEIGHTS
+            return dataclasses.replace(self.config, resume_adapter_file=None), {}
+        kept = self.work_folder / "given" / INITIAL_WEIGHTS
+        kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(given, kept)
-        return dataclasses.replace(self.config, resume_adapter_file=str(kept))
+        ref = FileRef(INITIAL_WEIGHTS, sha256_of(kept), kept.stat().st_size)
+        return dataclasses.replace(self.config, resume_adapter_file=INITIAL_WEIGHTS), {ref: kept}
 
     async def _start_worker(self) -> WorkerLink:
-        return await LocalWorker.start(self.work_folder)
+        return await RingWorker.start(self.work_folder)
 
-    def _open_books(self, engine: Engine) -> None:
+    async def _open_books(self, engine: Engine) -> None:
         """From here on the run writes: everything that could be checked before has been."""
-        if self.resume:
-            engine.replayed_steps += self.books.take_up(engine.progress.step)
-        else:
-            self.books.begin()
+        if self.taken is None:
+            self.books.begin(engine.progress.data_digest)
+            return
+        taken = self.taken
+        engine.replayed_steps += self.books.take_up(engine.progress.step, taken.entries)
+        await asyncio.to_thread(taken.store, Checkpoints(self.folder, self.config.keep_last))
+        if taken.message:
+            self.reader.handle(Noted("taken_up", taken.message, details=taken.details))
 
     # --- training and after -----------------------------------------------------------------------------------------
 
-    async def _train(self, engine: Engine, ready: Ready, model: ResolvedModel, data: dict[str, TokenSet]) -> RunResult:
+    async def _train(
+        self, engine: Engine, members: list[Member], model: ResolvedModel, data: dict[str, TokenSet]
+    ) -> RunResult:
         self.reader.handle(
             RunStarted(
                 run=self.run_id,
@@ -276,11 +405,15 @@ class _Job:
                 total_iters=self.program.total_iters,
                 total_steps=self.program.total_steps,
                 first_step=engine.progress.step + 1,
-                facts=self._facts(ready, model, data, engine),
+                facts=self._facts(members, model, data, engine),
                 history=tuple(self.books.history),
+                recovered=tuple(
+                    StepFinished(entry, self.program.reports(entry["step"]))
+                    for entry in (self.taken.entries if self.taken is not None else ())
+                ),
             )
         )
-        for note in ready.notes:
+        for note in members[0].ready.notes:
             self.reader.handle(Noted("model", note))
         try:
             await engine.run()
@@ -290,9 +423,9 @@ class _Job:
             raise
 
     def _facts(
-        self, ready: Ready, model: ResolvedModel, data: dict[str, TokenSet], engine: Engine
+        self, members: list[Member], model: ResolvedModel, data: dict[str, TokenSet], engine: Engine
     ) -> tuple[tuple[str, str], ...]:
-        config, train = self.config, data["train"]
+        config, train, ready = self.config, data["train"], members[0].ready
         share = 100 * ready.trainable_parameters / max(ready.parameters, 1)
         method = {"lora": "LoRA", "dora": "DoRA", "full": "full"}[config.fine_tune_type]
         if ready.quantized:
@@ -306,13 +439,18 @@ class _Job:
             rows += f"; {len(data['valid']):,} rows to validate on"
         lines = [
             ("model", f"{model.name} · {ready.model_type} · {ready.parameters:,} parameters"),
-            ("nodes", f"this machine alone: {describe(facts())}"),
+            *(("nodes", line) for line in self._who()),
             ("method", method),
             ("data", rows),
         ]
         if engine.progress.step:
             lines.append(("resumed", f"from step {engine.progress.step} of {self.program.total_steps}"))
         return tuple(lines)
+
+    def _who(self) -> list[str]:
+        if self.fleet is None or self.fleet.plan is None:
+            return [f"this machine alone: {describe(facts())}"]
+        return self.fleet.lines()
 
     async def _finish(self, engine: Engine, model: ResolvedModel, data: dict[str, TokenSet]) -> RunResult:
         progress = engine.progress
@@ -325,11 +463,15 @@ class _Job:
         test_loss = None
         if "test" in data:
             evaluation = Evaluation(data["test"], self.config.batch_size, self.config.test_batches)
+            limits = [self.token_limit, self.fleet.token_limit if self.fleet is not None else None]
+            evaluation.limit_tokens(min((limit for limit in limits if limit is not None), default=None))
             loss_sum, tokens = await engine.evaluate_at(best, evaluation, "testing")
             test_loss = loss_sum / max(tokens, 1)
             self.reader.handle(Tested(test_loss, tokens))
+        speed = self.fleet.receipt(engine.tally, engine.final_digest, engine.faults) if self.fleet is not None else ()
+        best_node = self.fleet.best_for_fusing() if self.fleet is not None else None
         await engine.close()
-        written = await fuse_result(self.config, model.path, model.name, self.folder, self.reader)
+        written = await fuse_result(self.config, model, self.folder, self.reader, best_node)
         status = "stopped_early" if engine.stopped_early else "done"
         result = RunResult(
             run=self.run_id,
@@ -343,7 +485,7 @@ class _Job:
             written=written,
         )
         published = progress if best is None else dataclasses.replace(progress, step=best.progress.step)
-        lines = summary(self.folder, published, test_loss, engine.replayed_steps, written)
+        lines = summary(self.folder, published, test_loss, engine.replayed_steps, written, speed)
         self.books.close(status, lines, next_commands(self.config, self.config.model, status, written))
         return result
 
@@ -359,26 +501,37 @@ class _Job:
         return None
 
     def _finish_failed(self, engine: Engine, error: TandemError | OSError) -> None:
-        self.reader.handle(Noted("failed", str(error), "error"))
-        lines: tuple[tuple[str, str], ...] = (("failed", str(error)),)
+        self.reader.handle(Noted(FAILED, str(error), "error"))
+        lines: tuple[tuple[str, str], ...] = ((FAILED, str(error)),)
         commands: tuple[tuple[str, str], ...] = ()
         if engine.saved_step:
             lines += (("saved", f"checkpoint of step {engine.saved_step} in {self.folder.path}"),)
             commands = next_commands(self.config, self.config.model, "failed", ())
         self.books.close("failed", lines, commands)
 
+    def _hold_copies(self) -> None:
+        """Before the worker's copies go: the newest is held where it is newer than any checkpoint."""
+        saved = next(Checkpoints(self.folder, None).newest_first(), None)
+        with contextlib.suppress(OSError, TandemError):
+            holds().take(self.run_id, self.work_folder, newer_than=saved.progress.step if saved is not None else 0)
+
+    def _drop_hold(self) -> None:
+        """The run is over: nothing of it need be held here any more."""
+        with contextlib.suppress(OSError, TandemError):
+            holds().drop(self.run_id)
+
     def _interrupted(self, engine: Engine) -> Interrupted:
         commands = next_commands(self.config, self.config.model, "interrupted", ())
         if not engine.saved_step:
             line = "stopped before the first step was saved"
             if self.books.opened:
-                self.books.close("interrupted", (("stopped", line),), ())
+                self.books.close("interrupted", ((STOPPED, line),), ())
             return Interrupted(line)
         total, last = self.program.total_steps, engine.saved_step
         line = f"stopped at step {last} of {total}; everything is saved"
         if last != engine.progress.step:
             line = f"stopped at step {engine.progress.step} of {total}; the last checkpoint is of step {last}"
-        self.books.close("interrupted", (("stopped", line),), commands)
+        self.books.close("interrupted", ((STOPPED, line),), commands)
         return Interrupted(line)
 
     @contextlib.contextmanager
@@ -409,3 +562,16 @@ class _Job:
         finally:
             for number in handled:
                 loop.remove_signal_handler(number)
+
+
+def _program(config: TrainConfig, *, validates: bool) -> Program:
+    """The order of a run with these options, whose ``iters`` are resolved."""
+    assert config.iters is not None
+    return Program(
+        total_iters=config.iters,
+        accumulation=config.grad_accumulation_steps,
+        save_every=config.save_every,
+        steps_per_eval=config.steps_per_eval,
+        steps_per_report=config.steps_per_report,
+        validates=validates,
+    )

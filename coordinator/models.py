@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import hub
+from coordinator.home import home
 from coordinator.weight_files import Shapes, read_header, weight_files, weight_shapes
 from node.errors import UserError
+from node.jsons import read_json
+from node.manifest import needs_own_code
 
 __all__ = ["Peek", "ResolvedModel", "check_folder", "looks_like_path", "peek", "resolve", "weight_shapes"]
 
@@ -53,22 +55,31 @@ class Peek:
     shapes: Shapes | None
 
 
-def resolve(model: str, *, progress: hub.Progress | None = None, revision: str | None = None) -> ResolvedModel:
+def resolve(
+    model: str,
+    *,
+    progress: hub.Progress | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> ResolvedModel:
     """Find a model and check that it can be loaded; a repository is downloaded, or used from the cache where offline.
 
     Args:
         model: a folder, or a repository id of the Hub such as ``mlx-community/Llama-3.2-1B-Instruct-4bit``.
         progress: is told of a download: task, bytes done, bytes in all.
         revision: branch, tag or commit of the repository.
+        trust_remote_code: whether the model's own Python files may run.
 
     Raises:
-        UserError: there is no such model, it is not whole, or ``mlx_lm`` does not know its kind.
+        UserError: there is no such model, it is not whole, ``mlx_lm`` does not know its kind, or it needs leave to run
+            its own files.
     """
-    if not looks_like_path(model):
-        path = _download(model, revision, progress)
-        return ResolvedModel(path, model, check_folder(path), hub.revision_of(path))
-    path = _folder(model)
-    return ResolvedModel(path, model, check_folder(path), None)
+    named = looks_like_path(model)
+    path = _folder(model) if named else _download(model, revision, progress)
+    config = check_folder(path)
+    if config.get("model_file") is not None and not trust_remote_code:
+        raise UserError(needs_own_code(f"--model {model}", str(config["model_file"])))
+    return ResolvedModel(path, model, config, None if named else hub.revision_of(path))
 
 
 def peek(model: str, revision: str | None = None) -> Peek:
@@ -102,12 +113,29 @@ def check_folder(path: Path) -> dict[str, Any]:
     Raises:
         UserError: what is missing or damaged.
     """
+    _check_links(path)
     config = _checked_config(path)
     for file in weight_files(path):
         read_header(file)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES) and not any(path.glob("*.tiktoken")):
         raise UserError(f"{path}: no tokenizer (tokenizer.json or tokenizer.model); copy it from the original model")
     return config
+
+
+def _check_links(path: Path) -> None:
+    """Refuse a folder whose files lead elsewhere: they would be sent to other machines, or fused and uploaded.
+
+    The Hub's cache and our store consist of links; and people link large weights, which are checked to be some.
+    """
+    real = path.resolve()
+    allowed = (real, (home() / "store").resolve(), *((real.parent.parent,) if real.parent.name == "snapshots" else ()))
+    if allowed[1] in real.parents:
+        return
+    for file in sorted(path.iterdir()):
+        target = file.resolve()
+        weights = file.suffix == target.suffix == ".safetensors"
+        if file.is_symlink() and not weights and not any(target.is_relative_to(folder) for folder in allowed):
+            raise UserError(f"{file}: a link that leads out of the model's folder (to {target}); put the file there")
 
 
 def known_model_types() -> set[str]:
@@ -185,12 +213,7 @@ def _checked_config(path: Path) -> dict[str, Any]:
         adapter = (path / "adapter_config.json").exists()
         hint = "; it is an adapter: pass it as --adapter-path and its base model as --model" if adapter else ""
         raise UserError(f"{path}: no config.json, so this is no model folder{hint}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: must hold a JSON object")
+    config = read_json(file)
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{file}: has no model_type, so it is unknown how to load this model")

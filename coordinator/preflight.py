@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,37 +14,14 @@ from coordinator.estimate import EstimateOptions, advise, estimate
 from coordinator.estimate.weights import quantization
 from coordinator.models import ResolvedModel, weight_shapes
 from node.errors import UserError
-from node.hardware import GIB, Facts, facts
+from node.hardware import Facts, facts
+from node.sizes import show_size
 
 SHORT_ROW = 128
 """Tokens of the longest row that are assumed while the data is not read yet."""
 SYSTEM_SHARE = 0.1
 """Part of the memory that is left to the system where no limit of the GPU says so."""
 SPARE_DISK_BYTES = 64 << 20
-
-_UNITS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-
-def parse_size(value: str | float, option: str = "size") -> int:
-    """Bytes of ``12GB``, ``500 MB``, ``1.5g`` or a plain number; units are powers of 1024, as memory is sold.
-
-    Raises:
-        UserError: it is no size.
-    """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
-        return int(value)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)I?(B?)\s*", str(value).upper())
-    if match is None:
-        raise UserError(f"{option}: {value!r} is no size; write it as 12GB or 500MB")
-    return int(float(match[1]) * (1 << _UNITS[match[2]]))
-
-
-def show_size(size: float) -> str:
-    """Bytes for people: ``11.4 GB``."""
-    gigabytes = size / GIB
-    if gigabytes < 0.1:
-        return f"{size / (1 << 20):.0f} MB"
-    return f"{gigabytes:.0f} GB" if gigabytes >= 100 else f"{gigabytes:.1f} GB"
 
 
 def memory_limit(found: Facts) -> int | None:
@@ -79,10 +55,18 @@ def estimate_options(
     )
 
 
-def check_before_loading(config: TrainConfig, model: ResolvedModel, found: Facts | None = None) -> list[str]:
+def check_before_loading(
+    config: TrainConfig, model: ResolvedModel, found: Facts | None = None, *, memory: bool = True
+) -> list[str]:
     """Check all that can be known before the data is read.
 
     Memory is judged by the least that any data needs, single short rows; ``check_memory`` knows more once it is read.
+
+    Args:
+        config: of the run.
+        model: that is trained.
+        found: the machine; None looks at this one.
+        memory: whether this machine's memory must suffice.
 
     Returns:
         Warnings, one line each.
@@ -96,6 +80,8 @@ def check_before_loading(config: TrainConfig, model: ResolvedModel, found: Facts
     if config.fuse:
         check_writable(Path(config.save_path))
     check_disk(Path(config.adapter_path), disk_bytes(config, model))
+    if not memory:
+        return []
     return check_memory(config, model, min(SHORT_ROW, config.max_seq_length), rows_at_once=1, found=found)
 
 
@@ -162,6 +148,11 @@ def fitting_tokens(config: TrainConfig, model: ResolvedModel, longest: int, foun
         return None
     # More rows never need less: the largest number that fits lies where the answer changes.
     return max(1, bisect.bisect_left(range(1, config.batch_size), x=True, key=lambda rows: not fits(rows))) * longest
+
+
+def least_bytes(config: TrainConfig, model: ResolvedModel, longest: int) -> int:
+    """What a machine needs at least to take part: memory of a training row by row."""
+    return estimate(model.config, weight_shapes(model.path), estimate_options(config, longest, 1)).total
 
 
 def disk_bytes(config: TrainConfig, model: ResolvedModel) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from coordinator.config import TrainConfig
 from coordinator.data.tokenizer import load_tokenizer
 from node.errors import UserError, one_line
+from node.jsons import read_json
 from node.spec import Int32
 
 
@@ -106,8 +106,8 @@ def _stop_tokens(path: Path, tokenizer: Any) -> tuple[int, ...]:
     found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("config.json", "generation_config.json"):
         try:
-            given = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
+            given = read_json(path / name).get("eos_token_id")
+        except UserError:
             continue
-        found.update(int(token) for token in (given if isinstance(given, list) else [given]) if token is not None)
+        found.update(token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int))
     return tuple(sorted(found))

@@ -18,7 +18,8 @@ MAY_CHANGE = frozenset(
         "iters", "epochs", "save_every", "keep_last", "val_batches", "steps_per_report", "steps_per_eval",
         "early_stop", "sample_prompt", "sample_tokens", "test", "test_batches", "report_to", "project_name",
         "fuse", "save_path", "dequantize", "export_gguf", "gguf_path", "gguf_type", "export_peft", "upload_repo",
-        "hf_path", "nodes", "force", "clear_cache_threshold", "trust_remote_code", "adapter_path",
+        "hf_path", "nodes", "local", "min_nodes", "force_all", "reduce", "ring_encryption", "wait", "force",
+        "clear_cache_threshold", "trust_remote_code", "adapter_path",
     }
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +117,24 @@ class RunFolder:
 
     def run_id(self) -> str | None:
         """The id of the run whose files are here, or None."""
+        return self._mark("run")
+
+    def data_digest(self) -> str | None:
+        """The digest of the training data that the run began with, or None where that is not written."""
+        return self._mark("data_digest") or None
+
+    def _mark(self, name: str) -> str | None:
         try:
             content = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):
             return None
-        return str(content["run"]) if isinstance(content, dict) and "run" in content else None
+        return str(content[name]) if isinstance(content, dict) and name in content else None
 
-    def begin(self, run: str, config_yaml: str) -> None:
+    def begin(self, run: str, config_yaml: str, data_digest: str = "") -> None:
         """Mark the folder as this run's."""
         write_text_atomically(self.config, config_yaml)
-        write_text_atomically(self.path / "run.json", json.dumps({"run": run, "started": time.time()}) + "\n")
+        mark = {"run": run, "started": time.time(), "data_digest": data_digest}
+        write_text_atomically(self.path / "run.json", json.dumps(mark) + "\n")
 
     def archive(self) -> Path | None:
         """Move the files of an older run out of the way.
@@ -148,13 +156,20 @@ class RunFolder:
             shutil.move(path, target / path.name)
         return target
 
-    def truncate_metrics(self, step: int) -> list[dict[str, Any]]:
+    def truncate_metrics(self, step: int, recovered: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
         """Drop what was written after a step, and a line that a crash cut off.
 
+        Args:
+            step: the last one that is kept.
+            recovered: steps up to it that were not written.
+
         Returns:
-            What is left, oldest first.
+            What is there then, oldest first.
         """
         kept = [entry for entry in read_json_lines(self.metrics) if entry.get("step", 0) <= step]
+        if recovered:
+            # A validation stands behind its step.
+            kept = sorted([*kept, *recovered], key=lambda entry: (entry.get("step", 0), "val_loss" in entry))
         write_text_atomically(self.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
         return kept
 
@@ -177,8 +192,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 class Recorder:
     """The reader that writes ``metrics.jsonl`` and ``events.jsonl``.
 
-    A disk that is full stops no training: it is told once, through ``complain``. Lines that could not be written wait,
-    and are tried again with the next one.
+    A disk that is full stops no training: it is told once, through ``complain``, and so is that it can be written
+    again. Lines that could not be written wait, and are tried again with the next one.
     """
 
     def __init__(self, folder: RunFolder, complain: Callable[[str], None]) -> None:
@@ -224,15 +239,19 @@ class Recorder:
             if not self._complained:
                 self._complained = True
                 self._complain(f"cannot write {path}: {error.strerror}; training goes on, it is tried again later")
+        else:
+            if self._complained and not any(self._waiting.values()):
+                self._complained = False
+                self._complain(f"{path.parent} can be written again; nothing is missing")
 
 
 def _append_whole(path: Path, line: bytes) -> None:
     """Append a line, or nothing of it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or is a link, which might lead anywhere.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     try:
         written = os.write(handle, line)
         if written < len(line):

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
 from coordinator.data.batches import Batches, gather, micro_batches, sequential_batches
+from coordinator.data.padding import Indices
 from coordinator.data.tokenset import TokenSet
+from coordinator.division import divide, group_rows, padded_lengths
+from coordinator.pace import Pace
 from coordinator.program import Program
-from node.spec import Rows, Share
+from node.spec import Int32, Rows, Share
+
+
+def halved(limit: int, longest: int) -> int | None:
+    """Half of a machine's micro-batches, when its memory did not suffice.
+
+    Args:
+        limit: input positions of its largest micro-batch so far.
+        longest: tokens of the longest row of the data.
+
+    Returns:
+        The new limit, or None where it would not help: micro-batches are single rows.
+    """
+    half = limit // 2
+    return half if half >= max(1, longest // 2) else None
 
 
 class StepSource:
@@ -37,6 +59,54 @@ class StepSource:
             parts += micro_batches(rows, self.token_limit)
         self._largest = max(self._largest, *(len(part.ids) * part.padded_length for part in parts))
         return Share(step, tuple(parts))
+
+    def lengths(self, step: int) -> Int32:
+        """(rows,) tokens of each row of a step, in the order in which they are numbered."""
+        return self._tokens.lengths[self._row_ids(step)]
+
+    def shares(
+        self,
+        step: int,
+        paces: Sequence[Pace],
+        limits: Sequence[int | None] | None = None,
+        affinity: Mapping[int, int] | None = None,
+    ) -> list[Share]:
+        """The rows of a step, divided: each row is in one share, numbered as in ``share``.
+
+        Args:
+            step: from 1.
+            paces: of each member.
+            limits: most input positions of a micro-batch of each member, or None. With accumulation no micro-batch has
+                more rows than a batch.
+            affinity: the member that a row would rather go to, by the row's id in the data.
+
+        Returns:
+            A share for each member, which may be empty.
+        """
+        row_ids = self._row_ids(step)
+        lengths = self._tokens.lengths[row_ids]
+        limits = limits if limits is not None else [None] * len(paces)
+        wishes = {i: affinity[int(row)] for i, row in enumerate(row_ids) if int(row) in affinity} if affinity else None
+        speeds = [pace.now for pace in paces]
+        padded = padded_lengths(lengths, self._tokens.max_seq_length)
+        shares = []
+        for rows, limit in zip(
+            divide(lengths, self._tokens.max_seq_length, speeds, limits, wishes), limits, strict=True
+        ):
+            longest_first = rows[np.argsort(-padded[rows], kind="stable")]
+            parts = []
+            start = 0
+            for size in group_rows(padded[longest_first].tolist(), limit, self._batches.batch_size):
+                parts.append(self._numbered(row_ids, np.sort(longest_first[start : start + size])))
+                start += size
+            shares.append(Share(step, tuple(parts)))
+        return shares
+
+    def _row_ids(self, step: int) -> Indices:
+        return np.concatenate([self._batches.rows(iteration) for iteration in self._program.iters(step)])
+
+    def _numbered(self, row_ids: Indices, positions: Indices) -> Rows:
+        return dataclasses.replace(gather(self._tokens, row_ids[positions]), ids=positions.astype(np.int32))
 
     def shrink(self) -> bool:
         """Halve the micro-batches.

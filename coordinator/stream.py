@@ -13,6 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 NOTES_KEPT = 100
+FAILED = "failed"
+"""Why a run failed: kind of the note and label in the summary, for files and programs.
+
+Views for people pass both over: whoever started the run is told by the error that ends it, at the very end.
+"""
+STOPPED = "stopped"
+"""Where a run was stopped: label in the summary. Views for people pass it over, too: the last line says it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class RunStarted:
         first_step: the step training begins at: 1, or one after the restored step.
         facts: labelled lines for a header, in order: model, machine, method, data, memory.
         history: metrics of earlier steps when a run is resumed, oldest first.
+        recovered: those of them that nobody was told of when they were done.
     """
 
     run: str
@@ -37,6 +45,39 @@ class RunStarted:
     first_step: int
     facts: tuple[tuple[str, str], ...]
     history: tuple[dict[str, Any], ...] = ()
+    recovered: tuple[StepFinished, ...] = ()
+
+
+@dataclass(frozen=True)
+class FleetMember:
+    """A machine of a fleet, for people.
+
+    Attributes:
+        name: what it is called.
+        chip: its processor, or None.
+        memory_bytes: its memory, or None.
+        rows: its rows of a typical step.
+    """
+
+    name: str
+    chip: str | None
+    memory_bytes: int | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class FleetFormed:
+    """Several machines have been chosen.
+
+    Attributes:
+        members: in the order of their ranks.
+        step_rows: rows of a typical step.
+        lines: the plan in words: shares, expected step, links, who is left out and why, advice.
+    """
+
+    members: tuple[FleetMember, ...]
+    step_rows: int
+    lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +85,8 @@ class StepFinished:
     """One optimizer step: ``metrics`` is the object that stands in ``metrics.jsonl``.
 
     Keys: step, iter, loss, tokens, learning_rate, grad_norm, seconds, compute_seconds, wait_seconds, nodes,
-    peak_memory_bytes, padded_tokens. ``report`` is true where ``--steps-per-report`` asks for a line.
+    peak_memory_bytes, padded_tokens; of several machines also ``per_node``: by name rows, positions, compute_seconds,
+    wait_seconds, peak_memory_bytes. ``report`` is true where ``--steps-per-report`` asks for a line.
     """
 
     metrics: dict[str, Any]
@@ -90,7 +132,7 @@ class Noted:
     """Something happened that a person should know; one line, also in ``events.jsonl``.
 
     Attributes:
-        kind: a short name: ``checkpoint``, ``worker_lost``, ``restarted``, ``warning``, ``archived``, …
+        kind: a short name: ``checkpoint``, ``worker_lost``, ``restarted``, ``warning``, ``archived``, ``FAILED``, …
         message: one line.
         level: ``info``, ``warning`` or ``error``.
         details: further values for ``events.jsonl``.
@@ -117,7 +159,7 @@ class RunFinished:
     next_commands: tuple[tuple[str, str], ...]
 
 
-RunEvent = RunStarted | StepFinished | Validated | Sampled | Tested | Advanced | Noted | RunFinished
+RunEvent = RunStarted | FleetFormed | StepFinished | Validated | Sampled | Tested | Advanced | Noted | RunFinished
 
 
 class Reader(Protocol):

@@ -7,15 +7,17 @@ from importlib.metadata import version
 import click
 
 from coordinator.cli import COMMANDS
-from node.clikit import LazyCommand, LazyGroup, run_cli
+from node.cli import COMMANDS as NODE_COMMANDS
+from node.clikit import LazyGroup, run_cli
 
-NODE_COMMANDS = {"info": LazyCommand("node.cli:info", "What this machine is: chip, memory, versions.")}
+_NODE = {f"node-{name}" if name in COMMANDS else name: command for name, command in NODE_COMMANDS.items()}
+"""Both have a `pair`: the node's is `tandem node-pair`."""
 
 
 @click.group(
     "tandem",
     cls=LazyGroup,
-    lazy={**COMMANDS, **NODE_COMMANDS},
+    lazy={**COMMANDS, **_NODE},
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(version("mlx-tandem"), prog_name="mlx-tandem")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
-from node.errors import UserError
+from node.errors import TandemError, UserError
+from node.jsons import MOST_INDEX_BYTES, read_json
+from node.spec import FileRef
+from node.tensors import read_tensors
 
-HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -20,26 +20,9 @@ def read_header(path: Path) -> Shapes:
     """Names, types and shapes of a file's tensors.
 
     Raises:
-        UserError: the file is missing, is no safetensors file, or is cut off.
+        UserError: the file is missing, is no whole safetensors file, or its header cannot be meant.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if start == b"version ":
-                raise UserError(f"{path}: a Git LFS pointer, not the weights; fetch them with: git lfs pull")
-            if len(start) < 8 or length > min(size - 8, HEADER_LIMIT_BYTES):
-                raise UserError(f"{path}: not a whole safetensors file ({size} bytes); copy or download it again")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: the header is damaged; copy or download the file again") from error
-    shapes, end = _entries(path, header)
-    if size < 8 + length + end:
-        raise UserError(f"{path}: cut off at {size} of {8 + length + end} bytes; copy or download it again")
-    return shapes
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in read_tensors(path).items()}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -71,25 +54,13 @@ def weight_shapes(path: Path | str) -> Shapes:
     return shapes
 
 
-def _entries(path: Path, header: Any) -> tuple[Shapes, int]:
-    """What a parsed header lists, and where the last tensor ends."""
-    shapes: Shapes = {}
-    end = 0
-    try:
-        for name, entry in header.items():
-            if name != "__metadata__":
-                shapes[name] = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-                end = max(end, int(entry["data_offsets"][1]))
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: the header is damaged; copy or download the file again") from error
-    return shapes, end
-
-
 def _named_in_index(index: Path) -> set[str]:
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return {str(name) for name in files}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {str(name) for name in read_json(index, MOST_INDEX_BYTES)["weight_map"].values()}
+        for name in files:
+            FileRef(name, "", 0)  # bare: no weights are looked for elsewhere
+        return files
+    except (TandemError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: cannot be read as an index of weights; copy or download it again") from error
 
 

@@ -57,30 +57,50 @@ async def task_worker(model: ModelSpec | None, reader: Reader | None = None) -> 
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def next_event(worker: WorkerLink) -> events.Event:
+async def next_event(worker: WorkerLink, silence_seconds: float = SILENCE_SECONDS) -> events.Event:
     """The next event, however long the task takes, as long as the worker shows signs of life.
 
     Raises:
         WorkerLost: it has said nothing for too long.
     """
     try:
-        async with asyncio.timeout(SILENCE_SECONDS):
-            return await worker.receive()
+        async with asyncio.timeout(silence_seconds):
+            while isinstance(event := await worker.receive(), events.Condition):
+                pass  # its node speaks, not the worker
+            return event
     except TimeoutError as error:
-        raise WorkerLost(f"the worker said nothing for {SILENCE_SECONDS:.0f} s") from error
+        raise WorkerLost(f"the worker said nothing for {silence_seconds:.0f} s") from error
 
 
-async def wait_for(worker: WorkerLink, kind: type[_E], reader: Reader | None = None) -> _E:
-    """The next event of a kind; progress goes to the reader, other events are passed over."""
+async def wait_for(
+    worker: WorkerLink, kind: type[_E], reader: Reader | None = None, *, silence_seconds: float = SILENCE_SECONDS
+) -> _E:
+    """The next event of a kind; progress goes to the reader, other events are passed over.
+
+    Args:
+        worker: that says it.
+        kind: of the event.
+        reader: takes progress.
+        silence_seconds: how long it may say nothing, once it has said a first word: starting takes its time.
+    """
+    patience = SILENCE_SECONDS
     while True:
-        event = await next_event(worker)
+        event = await next_event(worker, patience)
+        patience = silence_seconds
         if isinstance(event, kind):
             return event
         if isinstance(event, events.Progress) and reader is not None:
             reader.handle(Advanced(event.task, event.done, event.total))
 
 
-async def ask(worker: WorkerLink, request: Request, answer: type[_E], reader: Reader | None = None) -> _E:
-    """Send a request and wait for its answer."""
+async def ask(
+    worker: WorkerLink,
+    request: Request,
+    answer: type[_E],
+    reader: Reader | None = None,
+    *,
+    silence_seconds: float = SILENCE_SECONDS,
+) -> _E:
+    """Send a request and wait for its answer; see ``wait_for``."""
     await worker.send(request)
-    return await wait_for(worker, answer, reader)
+    return await wait_for(worker, answer, reader, silence_seconds=silence_seconds)

@@ -1,29 +1,28 @@
-"""The ``node`` command: what a single Mac can tell about itself."""
+"""The ``node`` command: one machine of a fleet."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from importlib.metadata import version
 
 import click
 
-from node.clikit import run_cli
-from node.hardware import describe, facts
+from node.clikit import LazyCommand, LazyGroup, run_cli
+
+COMMANDS = {
+    "serve": LazyCommand("node.commands.serve:serve", "Take part: be found, take jobs, give models."),
+    "pair": LazyCommand("node.commands.pair:pair", "Show a new code, to be paired with another machine."),
+    "forget": LazyCommand("node.commands.forget:forget", "Trust a paired machine no more."),
+    "pause": LazyCommand("node.commands.wishes:pause", "Take no further jobs."),
+    "resume": LazyCommand("node.commands.wishes:resume", "Take jobs again."),
+    "store": LazyCommand("node.commands.store:store", "List and prune the models that are kept here."),
+    "info": LazyCommand("node.commands.info:info", "What this machine is: chip, memory, versions."),
+}
 
 
-@click.group(help="One machine of a fleet.", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("node", cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("mlx-tandem"), message="%(prog)s %(version)s")
 def cli() -> None:
-    """Hold the commands below."""
-
-
-@cli.command(help="Show what this machine is: chip, memory, systems and versions.")
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of a line.")
-def info(as_json: bool) -> None:
-    """Show the facts of this machine."""
-    found = facts()
-    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else describe(found))
+    """One machine of a fleet that trains together."""
 
 
 def main() -> int:

@@ -6,6 +6,10 @@
     ├── WorkerError             the worker process could not do what it was asked
     │   ├── WorkerLost          the process is gone or its connection closed
     │   └── OutOfMemory         the device's memory did not suffice
+    ├── NodeError               another machine could not do what it was asked
+    │   ├── NodeLost            it cannot be reached, or its connection broke
+    │   └── NodeRefused         it does not take the job: busy, paused, another version
+    ├── TooFewNodes             exit code 3: fewer machines than --min-nodes asks for
     └── Interrupted             exit code 130: stopped by Ctrl-C, resumable
 
 Messages are one line: what is wrong, where, and how to mend it. Foreign exceptions (OSError, MLX, Hugging Face)
@@ -55,6 +59,33 @@ class WorkerLost(WorkerError):
 
 class OutOfMemory(WorkerError):
     """The device ran out of memory."""
+
+
+class NodeError(TandemError):
+    """Another machine could not do what it was asked; the message names it."""
+
+
+class NodeLost(NodeError):
+    """A machine cannot be reached, or its connection broke."""
+
+
+class NodeRefused(NodeError):
+    """A machine does not take the job.
+
+    Args:
+        kind: ``busy``, ``paused``, ``version``, ``files_only``, ``idle_only``, ``unpaired``.
+        message: one line.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class TooFewNodes(TandemError):
+    """Fewer machines take part than ``--min-nodes`` asks for."""
+
+    exit_code = 3
 
 
 class Interrupted(TandemError):

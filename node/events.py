@@ -1,10 +1,11 @@
-"""What a worker says: immutable values, sent up the same stream in the order they happened."""
+"""What a worker says, and its node: immutable values, sent up the same stream in the order they happened."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from node.info import Battery, MemoryLevel, ThermalLevel
 from node.spec import FileRef, Int32
 
 FailureKind = Literal["user", "memory", "disk", "internal"]
@@ -84,6 +85,89 @@ class StepDone:
     wait_seconds: float
     peak_memory_bytes: int
     padded_tokens: int
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The group has formed, and its first sum proved who is in it.
+
+    Attributes:
+        rank, size: of this worker, and of the group.
+        seconds: from the request to the proof.
+    """
+
+    rank: int
+    size: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RingFailed:
+    """The group could not be formed, or a reduction ended without a sum; nothing of the step was applied.
+
+    Attributes:
+        step: whose reduction it was; 0 while forming.
+        reason: one line: ``a peer was lost``, ``no sum within 12 s``, ``a newer generation``, ...
+    """
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Synchronised:
+    """This rank's state differed from rank 0's when a step compared them, and was put right.
+
+    Attributes:
+        step: before whose update it was found.
+        difference: largest relative difference (L2) of any array; infinite where a value was not finite.
+    """
+
+    step: int
+    difference: float
+
+
+@dataclass(frozen=True)
+class Addend:
+    """A piece of what this rank adds to a reduction that goes through the coordinator. Answered by ``spec.Total``.
+
+    Attributes:
+        step: whose reduction it is; 0 while forming.
+        index: counts the group's pieces from 0, through all its reductions.
+        data: little-endian fp32, at most ``spec.PIECE_BYTES``.
+    """
+
+    step: int
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a share costs here.
+
+    Attributes:
+        seconds: of each timed repeat.
+        positions: input positions computed each time, padding included.
+        peak_memory_bytes: highest since the worker started.
+    """
+
+    seconds: tuple[float, ...]
+    positions: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Digested:
+    """The trainable state after a step: SHA-256 over the names and bytes of the parameters, in order of name."""
+
+    step: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """The machine's owner wants it back: it works on until it is let go. Said by the node, never by a worker."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +263,33 @@ class Failed:
     message: str
 
 
-Event = (
+@dataclass(frozen=True)
+class Condition:
+    """How a worker's machine is. Its node says so, not the worker: when a job begins and whenever it has changed.
+
+    Attributes:
+        memory: how short of memory it is: what macOS shows as green, yellow and red.
+        thermal: how hot; from ``serious`` on its processors are slowed down.
+        battery: whether it runs on battery power; "" unknown.
+    """
+
+    memory: MemoryLevel = "unknown"
+    thermal: ThermalLevel = "unknown"
+    battery: Battery = ""
+
+
+WorkerEvent = (
     Ready
     | Restored
     | ComputeStarted
     | ReduceEntered
     | StepDone
+    | Joined
+    | RingFailed
+    | Synchronised
+    | Addend
+    | Probed
+    | Digested
     | EvalDone
     | TokensGenerated
     | Copied
@@ -192,5 +297,8 @@ Event = (
     | Fused
     | Progress
     | Heartbeat
+    | Leaving
     | Failed
 )
+"""What workers say, as bytes of worker.proto."""
+Event = WorkerEvent | Condition

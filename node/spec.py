@@ -14,9 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from node.errors import TandemError
+from node.info import Backend
 
 Int32 = npt.NDArray[np.int32]
 FineTuneType = Literal["lora", "dora", "full"]
+
+LONGEST_NAME_BYTES = 200
+"""Of a file's name: temporary ones are a little longer."""
+LARGEST_FILE_BYTES = 1 << 46
+LONGEST_ROW = 1 << 24
+MOST_POSITIONS = 1 << 28
+"""Of one micro-batch."""
+PIECE_BYTES = 1 << 20
+"""Most that one ``Addend`` or ``Total`` carries."""
+PIECES_IN_FLIGHT = 16
+"""Pieces that a rank sends before their totals come: enough to fill the way there and back, few enough to hold."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +36,17 @@ class ModelSpec:
     """Which model to load.
 
     Attributes:
-        path: folder with ``config.json`` and safetensors weights, in Hugging Face or MLX form.
+        path: folder with ``config.json`` and safetensors weights, in Hugging Face or MLX form; "" on its way to a node,
+            which puts the folder of ``manifest`` in its place.
         adapter_path: folder of an adapter in ``mlx_lm``'s form to apply after loading, or "" for none.
-        trust_remote_code: whether the model's own Python files may run.
+        trust_remote_code: whether the model's own Python files may run; a node's owner must agree, too.
+        manifest: SHA-256 of the model's manifest in a node's store, or "" where ``path`` is the truth.
     """
 
     path: str
     adapter_path: str = ""
     trust_remote_code: bool = False
+    manifest: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class TuningSpec:
         rank, scale, dropout, keys: of the adapters; ``keys`` None means every linear layer of a block.
         grad_checkpoint: recompute activations in the backward pass to save memory.
         neftune_alpha: noise on the embeddings (NEFTune, arXiv 2310.05914); 0 is off.
-        initial_weights: safetensors file of adapter weights to start from, or "".
+        initial_weights: bare name of a safetensors file of adapter weights in the job's folder to start from, or "".
     """
 
     fine_tune_type: FineTuneType = "lora"
@@ -87,7 +102,8 @@ class JobSpec:
 
     Attributes:
         job: the run's id; names the folder of its copies.
-        folder: the worker's own folder for this job, where copies are written.
+        folder: the worker's own folder for this job, where copies are written and given files lie; "" on its way to a
+            node, which chooses it.
         seed: of the initial adapter weights, and part of every key of row randomness.
         tuning, optimizer: None when the job only evaluates, generates or fuses.
         copy_every: steps between copies of the trainable state to disk.
@@ -124,6 +140,17 @@ class Rows:
     spans: Int32
     padded_length: int
 
+    def __post_init__(self) -> None:
+        counts = len(self.ids), len(self.lengths), len(self.span_counts)
+        if len(set(counts)) > 1:
+            raise TandemError("rows whose arrays do not belong together")
+        if counts[0] and (self.lengths.min() < 1 or self.span_counts.min() < 0 or self.tokens.min(initial=0) < 0):
+            raise TandemError("rows with negative numbers where there are none")
+        if self.lengths.sum() != len(self.tokens) or 2 * self.span_counts.sum() != len(self.spans):
+            raise TandemError("rows that are shorter or longer than they say")
+        if not 0 <= self.padded_length <= LONGEST_ROW or counts[0] * self.padded_length > MOST_POSITIONS:
+            raise TandemError(f"{counts[0]} rows of {self.padded_length} positions are more than anybody computes")
+
     @property
     def target_tokens(self) -> int:
         """Number of target tokens in all rows."""
@@ -149,10 +176,52 @@ class Rows:
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's part of one optimizer step: micro-batches whose gradients are summed. May be empty."""
+    """One worker's part of one optimizer step: micro-batches whose gradients are summed. May be empty.
+
+    Attributes:
+        step: number of the step, from 1.
+        micro_batches: the rows.
+        check: whether the ranks compare their states before this step is applied; the same on every rank.
+        wait_seconds: longest wait for the other ranks; 0 takes the ring's own limit.
+    """
 
     step: int
     micro_batches: tuple[Rows, ...]
+    check: bool = False
+    wait_seconds: float = 0.0
+
+    @property
+    def positions(self) -> int:
+        """Input positions to compute, padding included."""
+        return sum(len(rows.ids) * rows.padded_length for rows in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class RingSpec:
+    """One rank's view of a generation's group.
+
+    Attributes:
+        rank, size: of this worker, and of the group; ``size`` is at least 2.
+        backend: how it adds up.
+        listen: for ``ring``: own addresses, ``ip:port`` each, one for each connection to a neighbour.
+        connect: for ``ring``: where the next rank is reached, as many.
+        token: a number below 2**20; the first sum must hold ``token + rank`` of every rank.
+        form_seconds: limit for forming the group, its first sum included.
+        wait_seconds: limit for one reduction.
+        devices: for ``jaccl``: name of the RDMA device from rank i to rank j, row after row, "" on the diagonal.
+        leader: for ``jaccl``: ``ip:port`` of rank 0.
+    """
+
+    rank: int
+    size: int
+    backend: Backend
+    listen: tuple[str, ...]
+    connect: tuple[str, ...]
+    token: int
+    form_seconds: float
+    wait_seconds: float
+    devices: tuple[str, ...] = ()
+    leader: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,8 +242,11 @@ class FileRef:
     size: int
 
     def __post_init__(self) -> None:
-        if self.name in {"", ".", ".."} or any(character in self.name for character in "/\\\0"):
-            raise TandemError(f"{self.name!r} is no name of a file in the job's folder")
+        bare = self.name.isprintable() and not any(character in self.name for character in "/\\")
+        if self.name in {"", ".", ".."} or not bare or len(self.name.encode()) > LONGEST_NAME_BYTES:
+            raise TandemError(f"{self.name[:80]!r} is no name of a file in the job's folder")
+        if not 0 <= self.size <= LARGEST_FILE_BYTES:
+            raise TandemError(f"{self.name}: a size of {self.size} bytes")
 
 
 # --- requests: what goes down to a worker, in order ---------------------------------------------------------------
@@ -198,7 +270,11 @@ class Restore:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """Do one optimizer step. Answered by ``ComputeStarted``, ``ReduceEntered``, ``StepDone``."""
+    """Do one optimizer step. Answered by ``ComputeStarted``, ``ReduceEntered``, ``StepDone`` or ``RingFailed``.
+
+    With ``Joined`` the gradients are summed over the group. After ``RingFailed`` nothing is trained, and steps are
+    passed over, until the next ``Join`` or ``Leave``.
+    """
 
     share: Share
 
@@ -271,8 +347,62 @@ class Fuse:
 
 
 @dataclass(frozen=True)
+class Join:
+    """Leave the group of before and form a new one with the other ranks. Answered by ``Joined`` or ``RingFailed``."""
+
+    ring: RingSpec
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Train alone from here on: the group of before is left. Not answered."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Compute a share's gradient, apply nothing. Answered by ``Probed``.
+
+    Attributes:
+        share: rows like those to come; its step keys their randomness only.
+        repeats: how often it is timed at least, after one time that is not.
+        seconds: for how long it is timed at least.
+    """
+
+    share: Share
+    repeats: int = 1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Digest:
+    """Say what the trainable state is. Answered by ``Digested``.
+
+    Attributes:
+        weights: whether the digest of the weights is wanted, or only the step.
+    """
+
+    weights: bool = True
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum of all ranks' addends, for the reduction that waits for it: it overtakes the requests before it.
+
+    Attributes:
+        step, index: of the ``events.Addend`` that it belongs to.
+        data: little-endian fp32, as long as the addend's.
+    """
+
+    step: int
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Stop:
     """End the process after what was asked before."""
 
 
-Request = Setup | Restore | TrainStep | Evaluate | Generate | CopyState | Fuse | Stop
+Request = (
+    Setup | Restore | TrainStep | Evaluate | Generate | CopyState | Fuse | Join | Leave | Probe | Digest | Total | Stop
+)

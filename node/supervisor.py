@@ -1,7 +1,7 @@
 """Start a worker process, talk to it, notice when it is gone.
 
 The worker gets one end of a socket pair. When this process ends, however it ends, the socket closes and the worker
-leaves too. It is spawned, never forked, and its environment names our own import paths only.
+leaves too. It is spawned, never forked, with a cleaned environment (``node/environment.py``).
 """
 
 from __future__ import annotations
@@ -12,20 +12,28 @@ import os
 import signal
 import socket
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from node import wire
 from node.channel import AsyncChannel
+from node.environment import handed_down
 from node.errors import OutOfMemory, TandemError, UserError, WorkerError, WorkerLost, mentions_memory
-from node.events import Event, Failed
-from node.spec import Request, Stop
+from node.events import Addend, Digested, Event, Failed, Joined, Restored, RingFailed
+from node.files import link_or_copy
+from node.logs import bound_log
+from node.spec import FileRef, Request, Stop
 from tandem.v1 import worker_pb2
 
 LOG_NAME = "worker.log"
 TAIL_BYTES = 2000
 TAIL_LINES = 10
 GOING_SECONDS = 5.0
+LOOK_AT_LOG_SECONDS = 1.0
+OF_A_GENERATION = (Joined, RingFailed, Addend, Digested, Restored)
+"""Events that mean nothing in a later generation."""
 
 
 class WorkerLink(Protocol):
@@ -54,6 +62,25 @@ class WorkerLink(Protocol):
     def cancel(self) -> None:
         """Drop what was sent and has not begun; later requests belong to a new generation."""
 
+    @property
+    def generation(self) -> int:
+        """Of the requests sent from now on; counted by ``cancel``, from 0."""
+
+    async def give(self, ref: FileRef, source: Path) -> None:
+        """Put a file into the job's folder under the reference's name.
+
+        Raises:
+            WorkerLost, NodeLost: the worker's machine is gone.
+            OSError, TandemError: it cannot be read here or written there, or is not what the reference says.
+        """
+
+    async def fetch(self, ref: FileRef, target: Path) -> None:
+        """Get a file of the job's folder; ``target`` is whole, verified and synced, or not there.
+
+        Raises:
+            As ``give``.
+        """
+
     async def close(self) -> None:
         """Let the worker finish and end; kill it when it does not. May be called twice."""
 
@@ -71,15 +98,17 @@ class LocalWorker:
         self._process = process
         self._channel = channel
         self._log = log
+        self._folder = log.parent
         self._log_start = log_start
         self._said: TandemError | None = None
         self._generation = 0
         self._closed = False
         self._killed = False
+        self._look_at_log = 0.0
 
     @classmethod
-    async def start(cls, folder: Path) -> LocalWorker:
-        """Spawn a worker whose output goes to ``worker.log`` in ``folder``."""
+    async def start(cls, folder: Path, environment: Mapping[str, str] | None = None) -> Self:
+        """Spawn a worker whose output goes to ``worker.log`` in ``folder``, with these further variables."""
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / LOG_NAME
         ours, theirs = socket.socketpair()
@@ -96,7 +125,7 @@ class LocalWorker:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=_environment(),
+                env={**_environment(), **(environment or {})},
                 # What a terminal tells its programs (Ctrl-C, its own end) is the coordinator's to deal with.
                 start_new_session=True,
             )
@@ -109,28 +138,53 @@ class LocalWorker:
 
     async def send(self, request: Request) -> None:
         """See ``WorkerLink``."""
+        await self.send_bytes(wire.encode_request(request, self._generation), self._generation)
+
+    async def send_bytes(self, data: bytes, generation: int) -> None:
+        """Send a request that is encoded already, of a generation that is this one's from now on; see ``send``."""
+        self._generation = max(self._generation, generation)
         try:
-            await self._channel.send(wire.encode_request(request, self._generation))
+            await self._channel.send(data)
         except OSError as error:
             raise await self._lost() from error
 
-    async def receive(self) -> Event:
-        """See ``WorkerLink``."""
+    async def receive_bytes(self) -> bytes:
+        """The next event as it came, ``Failed`` included; raises as ``receive`` when there is none."""
         try:
             data = await self._channel.receive()
         except ConnectionError as error:
             raise await self._lost() from error
         if data is None:
             raise await self._lost()
-        _, event = wire.decode_event(data)
-        if isinstance(event, Failed):
-            self._said = _error_of(event, self._log)
-            raise self._said
-        return event
+        self._bound_log()
+        return data
+
+    async def receive(self) -> Event:
+        """See ``WorkerLink``."""
+        while True:
+            generation, event = wire.decode_event(await self.receive_bytes())
+            if isinstance(event, Failed):
+                self._said = _error_of(event, self._log)
+                raise self._said
+            if generation >= self._generation or not isinstance(event, OF_A_GENERATION):
+                return event
 
     def cancel(self) -> None:
         """See ``WorkerLink``."""
         self._generation += 1
+
+    @property
+    def generation(self) -> int:
+        """See ``WorkerLink``."""
+        return self._generation
+
+    async def give(self, ref: FileRef, source: Path) -> None:
+        """See ``WorkerLink``; the file gets a second name."""
+        link_or_copy(source, self._folder / ref.name)
+
+    async def fetch(self, ref: FileRef, target: Path) -> None:
+        """See ``WorkerLink``; the file gets a second name."""
+        link_or_copy(self._folder / ref.name, target)
 
     async def close(self, timeout_seconds: float = 10.0) -> None:
         """See ``WorkerLink``; events that are still on their way are dropped."""
@@ -148,6 +202,7 @@ class LocalWorker:
         finally:
             self._channel.close()
             await self._process.wait()
+            self._kill_group()
 
     def kill(self) -> None:
         """End the process at once."""
@@ -155,6 +210,20 @@ class LocalWorker:
         if self._process.returncode is None and not self._killed:
             self._killed = True
             self._process.kill()
+        self._kill_group()
+
+    def _bound_log(self) -> None:
+        """Keep the log from filling the disk. A worker says something every second, so this is looked at as often."""
+        now = time.monotonic()
+        if now >= self._look_at_log:
+            self._look_at_log = now + LOOK_AT_LOG_SECONDS
+            if bound_log(self._log):
+                self._log_start = 0
+
+    def _kill_group(self) -> None:
+        """End what the worker started: its reducer may hang where it cannot see that the worker is gone."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says so of a group that is all dead
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _lost(self) -> TandemError:
         """Why the stream ended. The process is on its way out, or is made to be."""
@@ -168,6 +237,7 @@ class LocalWorker:
             self.kill()
             await self._process.wait()
         self._channel.close()
+        self._kill_group()
         if self._said is not None:
             return self._said
         code = self._process.returncode or 0
@@ -189,12 +259,12 @@ class LocalWorker:
 
 
 def _environment() -> dict[str, str]:
-    """The worker's environment: ours, with the import path of this very installation first."""
+    """The worker's environment: what of ours is handed down, with the import path of this very installation first."""
     ours = str(Path(__file__).resolve().parent.parent)
     wire_package = str(Path(worker_pb2.__file__ or "").resolve().parents[2])
     kept = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     paths = list(dict.fromkeys([ours, wire_package, *kept]))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return handed_down() | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _error_of(event: Failed, log: Path) -> TandemError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +23,20 @@ def tandem_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     """An empty TANDEM_HOME, outside the test's own ``tmp_path``."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("TANDEM_HOME", str(home))
+    # No test finds the nodes of another one, nor those of the network that it runs on.
+    monkeypatch.setenv("TANDEM_BONJOUR", "off")
+    monkeypatch.setenv("TANDEM_FLEET", home.name)
     return home
 
 
 @pytest.fixture(autouse=True)
 def no_leftover_workers() -> Iterator[None]:
-    """Fail a test that leaves a child process behind."""
+    """Fail a test that leaves a child process behind, and only that one."""
     yield
     children = subprocess.run(
         ["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True, check=False
     ).stdout
-    assert "node.worker" not in children, f"left behind: {children}"
+    left = [line for line in children.splitlines() if "node.worker" in line]
+    for line in left:
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    assert not left, f"left behind: {left}"

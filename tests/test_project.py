@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("coordinator", "node", "tests", "deploy/run")
-TYPED = ("coordinator", "node", "tests/fixtures")
+TYPED = ("coordinator", "node", "tests/fixtures", "tests/benchmarks")
 
 
 def check(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -81,8 +81,8 @@ def test_the_coordinator_imports_neither_mlx_nor_the_worker() -> None:
     assert not forbidden(modules("coordinator"), "mlx", "mlx_lm", "node.worker", "tests")
 
 
-def test_only_the_worker_imports_mlx() -> None:
-    outside = [path for path in modules("node") if "worker" not in path.relative_to(ROOT).parts]
+def test_only_worker_and_reducer_import_mlx() -> None:
+    outside = [path for path in modules("node") if not {"worker", "reducer"} & set(path.relative_to(ROOT).parts)]
     assert not forbidden(outside, "mlx", "mlx_lm", "node.worker")
 
 
@@ -93,7 +93,15 @@ def test_generated_messages_are_touched_by_the_codec_only() -> None:
         for path in modules(package)
         if starts(imported(path), "tandem")
     }
-    assert users <= {"node/wire.py", "node/supervisor.py"}
+    assert users <= {
+        "node/wire.py",
+        "node/supervisor.py",
+        "node/rpc.py",
+        "node/client.py",
+        "node/daemon.py",
+        "node/service.py",
+        "node/file_service.py",
+    }
 
 
 @pytest.mark.parametrize("program", ["coordinator", "node", "tandem"])
@@ -110,7 +118,20 @@ def test_help_imports_nothing_heavy(program: str) -> None:
     exit_code, loaded = json.loads(done.stderr.splitlines()[-1])
     assert exit_code == 0
     assert "Usage" in done.stdout
-    heavy = {"mlx", "mlx_lm", "transformers", "numpy", "rich", "datasets", "huggingface_hub", "google.protobuf", "yaml"}
+    heavy = {
+        "mlx",
+        "mlx_lm",
+        "transformers",
+        "numpy",
+        "rich",
+        "datasets",
+        "huggingface_hub",
+        "google.protobuf",
+        "yaml",
+        "grpc",
+        "zeroconf",
+        "cryptography",
+    }
     assert not heavy & set(loaded)
 
 

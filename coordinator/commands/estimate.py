@@ -15,8 +15,9 @@ from coordinator.estimate import estimate as estimate_memory
 from coordinator.estimate.architecture import architecture, has_experts
 from coordinator.estimate.weights import quantization
 from coordinator.models import Peek, peek
-from coordinator.preflight import memory_limit, parse_size, show_size
+from coordinator.preflight import memory_limit
 from node.hardware import GIB, Facts, default_gpu_memory, describe, facts
+from node.sizes import parse_size, show_size
 
 COMFORTABLE = 0.8
 """Part of the limit up to which a job leaves the system room."""

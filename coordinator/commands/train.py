@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from coordinator.commands.options import GroupedCommand, config_options, groups
+from coordinator.commands.pair import pair_before_training
 from coordinator.config import TrainConfig
 from coordinator.config_file import merge, read_yaml
 from coordinator.resume import resumed_config
+from coordinator.stream import Reader
 from node.errors import UserError
 
 HELP = """Fine-tune a model.
@@ -21,6 +23,7 @@ A pasted mlx_lm.lora command line works, and so does its YAML file with -c. Flag
 Examples:
   coordinator train --model mlx-community/Qwen3-0.6B-4bit --data data --iters 600
   coordinator train -c lora.yaml --batch-size 8
+  coordinator train --model mlx-community/Qwen3-8B-4bit --nodes auto --plan
   coordinator train --resume --adapter-path adapters
 """
 
@@ -28,6 +31,7 @@ _HEADINGS = {
     **groups(),
     "config": "Model and data",
     "resume": "Training",
+    "plan": "Machines",
     "quiet": "Output",
     "as_json": "Output",
     "plain": "Output",
@@ -41,6 +45,7 @@ def run(
     quiet: bool,
     as_json: bool,
     plain: bool,
+    plan: bool,
     train: bool,
     wandb: str | None,
     **flags: Any,
@@ -62,7 +67,26 @@ def run(
             f" {options.adapter_path}; to train anew and test then, add --train"
         )
     mode: ViewMode = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
+    if plan and resume:
+        raise UserError("--plan and --resume exclude each other; give one of them")
+    pair_before_training(options.nodes, may_ask=mode in ("auto", "plain"))
+    if plan:
+        _show_plan(options, make_view("quiet" if as_json else mode, facts().total_memory_bytes or 0), as_json=as_json)
+        return
     start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume)
+
+
+def _show_plan(options: TrainConfig, view: Reader, *, as_json: bool) -> None:
+    """Print who would do what."""
+    import asyncio
+    import json
+
+    from coordinator.job import plan
+    from coordinator.planner import as_json as plan_json
+    from coordinator.planner import describe
+
+    found = asyncio.run(plan(options, view))
+    click.echo(json.dumps(plan_json(found), indent=2) if as_json else "\n".join(describe(found)))
 
 
 def load(file_options: dict[str, Any], flags: dict[str, Any], *, resume: bool) -> TrainConfig:
@@ -81,7 +105,8 @@ train = GroupedCommand(
     params=[
         click.Option(["-c", "--config"], metavar="FILE", help="YAML file with any of these options, ours or mlx_lm's."),
         *config_options(),
-        click.Option(["--resume"], is_flag=True, help="Go on from the last checkpoint in --adapter-path, exactly."),
+        click.Option(["--resume"], is_flag=True, help="Go on with the run in --adapter-path, exactly."),
+        click.Option(["--plan"], is_flag=True, help="Measure the machines, print who would do what, and stop."),
         click.Option(["--quiet"], is_flag=True, help="Print errors and the result only."),
         click.Option(["--plain"], is_flag=True, help="Print lines even in a terminal."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object per event."),

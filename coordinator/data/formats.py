@@ -16,18 +16,22 @@ from node.errors import RowError, UserError
 Kind = Literal["text", "messages", "conversations", "completions"]
 
 UTF8_MARK = b"\xef\xbb\xbf"
+LONGEST_LINE_BYTES = 64 << 20
 SHAREGPT_KEY = "conversations"
 
 
-def raw_lines(path: Path, name: str = "") -> Iterator[tuple[int, bytes]]:
+def raw_lines(path: Path, name: str = "", longest: int = LONGEST_LINE_BYTES) -> Iterator[tuple[int, bytes]]:
     """Line numbers from 1 and bytes of the lines that are not blank.
 
     Raises:
         UserError: the file cannot be read.
+        RowError: a line is longer than ``longest`` bytes; no more of it than that is read.
     """
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(longest + 1), b""), 1):
+                if len(line) > longest:
+                    raise RowError(name or path, number, f"a line of more than {longest >> 20} MB; split the row")
                 content = line.removeprefix(UTF8_MARK) if number == 1 else line
                 if content.strip():
                     yield number, content

@@ -22,6 +22,7 @@ from coordinator.data.tokenizer import TOKENIZER_FILES, load_tokenizer, vocabula
 from coordinator.data.tokenset import FORMAT_VERSION, DamagedTokenSet, TokenSet, TokenSetWriter
 from node.errors import UserError
 from node.files import CHUNK_BYTES, sync_folder
+from node.jsons import read_json
 
 Progress = Callable[[str, int, int], None]
 
@@ -186,10 +187,7 @@ def _tokenizer_fingerprint(folder: Path) -> str:
 
 
 def _tokenizer_settings(file: Path) -> bytes:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is broken ({error}); fetch the model again") from error
+    config = read_json(file)
     return json.dumps({key: config.get(key) for key in TOKENIZER_SETTINGS}, sort_keys=True).encode()
 
 

@@ -17,6 +17,8 @@ Table = Iterator[tuple[int, dict[str, Any]]]
 
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
 LONGEST_CELL = 1 << 27
+MOST_DOCUMENT_BYTES = 4 << 30
+"""Of a file that is one JSON value, which is read as a whole."""
 
 
 def read_table(path: Path) -> Table:
@@ -43,18 +45,21 @@ def read_table(path: Path) -> Table:
 
 def _is_one_document(path: Path) -> bool:
     """Whether a file is one JSON value rather than one on each line."""
-    for _, line in raw_lines(path):
+    for _, line in raw_lines(path, longest=MOST_DOCUMENT_BYTES):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             return path.suffix.lower() == ".json" or line.strip() in (b"[", b"{") or line.lstrip().startswith(b"[")
         # A list on the first line is the whole document, or a conversation on each line.
-        rest = sum(1 for _ in zip(raw_lines(path), range(2), strict=False))
+        rest = sum(1 for _ in zip(raw_lines(path, longest=MOST_DOCUMENT_BYTES), range(2), strict=False))
         return rest == 1 and (isinstance(value, list) or path.suffix.lower() == ".json")
     raise UserError(f"{path} is empty")
 
 
 def _read_json(path: Path) -> Table:
+    if path.stat().st_size > MOST_DOCUMENT_BYTES:
+        limit = MOST_DOCUMENT_BYTES >> 30
+        raise UserError(f"{path} is one JSON value of more than {limit} GB; write it with one row on each line (JSONL)")
     try:
         document = json.loads(path.read_bytes().removeprefix(UTF8_MARK).decode("utf-8"))
     except json.JSONDecodeError as error:

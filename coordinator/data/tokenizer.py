@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,9 +11,16 @@ from typing import Any, Protocol
 from coordinator.data.messages import with_string_arguments
 from coordinator.data.rows import BadRow, Message
 from node.errors import UserError, one_line
+from node.jsons import MOST_CONFIG_BYTES, MOST_TOKENIZER_BYTES, read_json
+from node.manifest import tokenizer_needs_own_code
 
 # What a repository's tokenizer is made of, and what decides which tokens it gives.
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "*.jsonl")
+_LIMITS = {
+    "tokenizer.json": MOST_TOKENIZER_BYTES,
+    "tokenizer_config.json": MOST_CONFIG_BYTES,
+    "config.json": MOST_CONFIG_BYTES,
+}
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # The pairs by which mlx_lm tells that a model can think; it passes what it found to the chat template.
 THINKING_TOKENS = (
@@ -76,6 +82,8 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UserError(tokenizer_needs_own_code(path)) from error
         raise UserError(f"cannot load the tokenizer in {path}: {one_line(error)}") from error
     if len(loaded) == 0:
         raise UserError(f"the tokenizer in {path} has no tokens: tokenizer.json is missing; fetch the model again")
@@ -84,13 +92,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
 
 def _check_json(path: Path) -> None:
     """Name the broken file, which the library's own message does not."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        file = path / name
-        try:
-            if file.exists():
-                json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} is broken ({one_line(error)}); fetch the model again") from error
+    for name, most in _LIMITS.items():
+        if (path / name).exists():
+            read_json(path / name, most)
 
 
 def find_tokenizer(model: str) -> Path:
@@ -119,11 +123,9 @@ def vocabulary_size(path: Path) -> int | None:
     file = path / "config.json"
     if not file.exists():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is broken ({one_line(error)}); fetch the model again") from error
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    config = read_json(file)
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else {}
     size = config.get("vocab_size", text.get("vocab_size"))
     return size if isinstance(size, int) else None
 

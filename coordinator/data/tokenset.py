@@ -7,6 +7,7 @@ A folder holds ``tokens.bin`` and ``lengths.bin`` (int32), ``spans.bin`` (int32,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,9 +108,14 @@ class TokenSetWriter:
         self._largest = max(self._largest, int(chunk.tokens.max(initial=-1)))
 
     def close(self) -> None:
-        """Close the files; without ``finish`` the folder holds no token set."""
-        for file in self._files.values():
-            file.close()
+        """Close the files; without ``finish`` the folder holds no token set.
+
+        Raises:
+            OSError: what was written last found no room; all are closed all the same.
+        """
+        with contextlib.ExitStack() as closing:
+            for file in self._files.values():
+                closing.callback(file.close)
 
     def finish(self) -> None:
         """Write what is computed from all rows, sync everything, and the header last."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from coordinator.stream import Noted, RunEvent, StepFinished, Tested, Validated
+from coordinator.stream import FAILED, FleetFormed, Noted, RunEvent, StepFinished, Tested, Validated
 
 Say = Callable[[str], None]
 
 BAR_PER_NAT = 8
+# Of a fleet's life, what the demo shows although nothing is wrong.
+SHOWN = ("nodes", "generation")
 
 
 class Follower:
@@ -45,8 +47,12 @@ class Follower:
             case Tested(loss=loss):
                 self.test = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
                 self._say(f"    test: loss {loss:.3f}, perplexity {self.test['perplexity']:,.1f}")
-            case Noted(level="warning" | "error", message=message):
-                self._say(f"    {message}")
+            case FleetFormed(lines=lines):
+                for line in lines:
+                    self._say(f"    {line}")
+            case Noted(kind=kind, level=level, message=message) if kind != FAILED:
+                if level != "info" or kind in SHOWN:
+                    self._say(f"    {message}")
 
     def close(self) -> None:
         """See ``stream.Reader``."""

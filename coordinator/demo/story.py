@@ -1,4 +1,4 @@
-"""The demo's story: a model is made, learns sentences, is taught to answer, and is asked before and after."""
+"""The demo's story: a model is made, learns sentences, is taught to answer by two nodes, is asked before and after."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from coordinator.config import TrainConfig
 from coordinator.demo.data import Fact, Split, conversations, documents, split_facts, write_rows
 from coordinator.demo.follow import Follower, Say
 from coordinator.demo.model import Shape, write_model
+from coordinator.demo.nodes import serving, surroundings
 from coordinator.demo.tokenizer import write_tokenizer
 from coordinator.evaluation import TestOptions, TestResult
 from coordinator.fusing import FuseOptions
@@ -90,7 +91,7 @@ def tell(folder: Path, say: Say, plan: Plan | None = None) -> DemoResult:
         ("Make a model and data", story.make),
         ("Teach it plain sentences: full fine-tuning", story.learn_sentences),
         ("Ask before", story.ask_before),
-        ("Teach it to answer: LoRA on questions, prompts masked", story.learn_to_answer),
+        ("Teach it to answer: two nodes, found by Bonjour, train one LoRA adapter", story.learn_to_answer),
         ("Fuse the adapter, export GGUF", story.fuse),
         ("Ask after", story.ask_after),
     )
@@ -165,28 +166,31 @@ class _Story:
             self._line(f"{question}  {answer or '(nothing)'}")
 
     def learn_to_answer(self) -> None:
-        """Train an adapter on the questions of the training split."""
+        """Train an adapter on the questions of the training split, on two nodes at once."""
         plan = self.plan
         follower = Follower(self._say, every=max(1, plan.lora_steps // 4))
-        outcome = train(
-            TrainConfig(
-                model=str(self._at("base_model")),
-                data=str(self._at("questions")),
-                mask_prompt=True,
-                num_layers=-1,
-                lora_rank=16,
-                lora_alpha=32.0,
-                batch_size=16,
-                val_batches=-1,
-                steps_per_eval=plan.lora_steps,
-                test=True,
-                adapter_path=str(self._at("adapters")),
-                seed=plan.seed,
-                nodes="local",
-                **_cosine(plan.lora_rate, plan.lora_steps),
-            ),
-            follower,
+        config = TrainConfig(
+            model=str(self._at("base_model")),
+            data=str(self._at("questions")),
+            mask_prompt=True,
+            num_layers=-1,
+            lora_rank=16,
+            lora_alpha=32.0,
+            batch_size=16,
+            val_batches=-1,
+            steps_per_eval=plan.lora_steps,
+            test=True,
+            adapter_path=str(self._at("adapters")),
+            seed=plan.seed,
+            nodes="auto",
+            min_nodes=2,
+            force_all=True,
+            **_cosine(plan.lora_rate, plan.lora_steps),
         )
+        with serving(NODES) as addresses:
+            for name, address in zip(NODES, addresses, strict=True):
+                self._line(f"node serve --name {name}: on {address}")
+            outcome = train(config, follower)
         self.result.lora_losses = follower.losses
         self.result.validation_losses = follower.validations
         self.result.test_after = follower.test
@@ -249,6 +253,7 @@ class _Story:
         self._say(f"    {text}")
 
 
+NODES = ("amber", "birch")
 _PURPOSES = {"train": "train on", "valid": "validate with", "test": "test with"}
 
 
@@ -263,7 +268,7 @@ def _cosine(rate: float, steps: int) -> dict[str, Any]:
 def _own_surroundings() -> Iterator[None]:
     """Keep the person's registry and caches out of it, and matrices this small on one thread."""
     with tempfile.TemporaryDirectory(prefix="mlx-tandem-demo-home-") as home:
-        own = {"TANDEM_HOME": home, "OPENBLAS_NUM_THREADS": "1"}
+        own = {"TANDEM_HOME": home, "OPENBLAS_NUM_THREADS": "1", **surroundings()}
         before = {name: os.environ.get(name) for name in own}
         os.environ.update(own)
         try:

@@ -25,7 +25,7 @@ class Curve:
 
     Attributes:
         label: in the legend and the read-out.
-        look: ``raw`` (faint), ``main``, ``second`` (with dots), or ``area-1`` to ``area-3`` (stacked in order).
+        look: ``raw`` (faint), ``main``, ``second`` (with dots), or ``area-1`` to ``area-6`` (stacked in order).
         points: (step, value), rising.
         sparse: whether the read-out shows the last value before a step rather than the nearest.
     """

@@ -12,6 +12,7 @@ from coordinator.view.records import RunRecord
 
 Tile = tuple[str, str, str]
 MOST_MARKS = 40
+MOST_SHARES = 6
 
 
 def charts_of(record: RunRecord) -> list[Chart]:
@@ -19,7 +20,7 @@ def charts_of(record: RunRecord) -> list[Chart]:
     if not record.steps:
         return []
     found = [_loss(record), _learning_rate(record), _gradient_norm(record), _speed(record), _seconds(record)]
-    return [chart for chart in [*found, _memory(record)] if chart is not None]
+    return [chart for chart in [*found, _shares(record), _memory(record)] if chart is not None]
 
 
 def tiles_of(record: RunRecord) -> list[Tile]:
@@ -41,6 +42,8 @@ def tiles_of(record: RunRecord) -> list[Tile]:
     if seconds > 0:
         tiles.append(("Speed", speed_text(tokens / seconds), "tokens per second"))
         tiles.append(("Training time", duration_text(seconds), f"{duration_text(seconds / len(record.steps))} a step"))
+    if len(record.nodes) > 1:
+        tiles.append(("Machines", f"{len(record.nodes)}", f"{max(record.known('nodes'), default=0):.0f} at once"))
     peaks = record.known("peak_memory_bytes")
     if peaks:
         tiles.append(("Peak memory", size_text(max(peaks)), ""))
@@ -81,27 +84,55 @@ def _speed(record: RunRecord) -> Chart | None:
 def _seconds(record: RunRecord) -> Chart | None:
     columns = record.columns
     rows = [
-        (step, compute, wait if math.isfinite(wait) else 0.0, whole)
-        for step, compute, wait, whole in zip(
-            record.steps, columns["compute_seconds"], columns["wait_seconds"], columns["seconds"], strict=True
+        (step, compute, mean if math.isfinite(mean) else compute, wait if math.isfinite(wait) else 0.0, whole)
+        for step, compute, mean, wait, whole in zip(
+            record.steps,
+            *(columns["compute_seconds"], record.mean_compute, columns["wait_seconds"], columns["seconds"]),
+            strict=True,
         )
         if math.isfinite(compute) and math.isfinite(whole)
     ]
     if len(rows) < 2:
         return None
     steps = [row[0] for row in rows]
+    other = [max(whole - compute - wait, 0.0) for _, compute, _, wait, whole in rows]
+    # Of several machines "compute" is the slowest one's: what is above the mean, the others spend waiting for it.
     parts = {
-        "compute": [row[1] for row in rows],
-        "waiting for others": [row[2] for row in rows],
-        "other": [max(whole - compute - wait, 0.0) for _, compute, wait, whole in rows],
+        "compute": ("area-1", [min(mean, compute) for _, compute, mean, _, _ in rows]),
+        "waiting for the slowest": ("area-4", [max(compute - mean, 0.0) for _, compute, mean, _, _ in rows]),
+        "network" if record.nodes else "waiting for others": ("area-2", [wait for _, _, _, wait, _ in rows]),
+        "other": ("area-3", other),
     }
     even, radius = [1.0] * len(rows), smoothing_radius(len(rows))
     curves = [
-        Curve(label, f"area-{index}", mean_points(steps, moving_mean(values, even, radius)))
-        for index, (label, values) in enumerate(parts.items(), start=1)
+        Curve(label, look, mean_points(steps, moving_mean(values, even, radius)))
+        for label, (look, values) in parts.items()
         if any(value > 0 for value in values)
     ]
     return _chart(record, "seconds", "Time per step", "seconds", curves)
+
+
+def _shares(record: RunRecord) -> Chart | None:
+    """How the rows were divided; of many machines those with the most, and the rest together."""
+    if len(record.nodes) < 2:
+        return None
+    names = sorted(record.nodes, key=lambda name: -sum(record.nodes[name].rows))
+    own = names if len(names) <= MOST_SHARES else names[: MOST_SHARES - 1]
+    groups = {name: [name] for name in own}
+    if len(own) < len(names):
+        groups[f"{len(names) - len(own)} others"] = names[len(own) :]
+    indices = [i for i, mean in enumerate(record.mean_compute) if math.isfinite(mean)]
+    totals = [sum(node.rows[i] for node in record.nodes.values()) or 1.0 for i in indices]
+    steps, radius = [record.steps[i] for i in indices], smoothing_radius(len(indices))
+    curves = []
+    for number, (label, members) in enumerate(groups.items(), start=1):
+        part = [
+            100 * sum(record.nodes[name].rows[i] for name in members) / total
+            for i, total in zip(indices, totals, strict=True)
+        ]
+        points = mean_points(steps, moving_mean(part, [1.0] * len(part), radius))
+        curves.append(Curve(label, f"area-{number}", points))
+    return _chart(record, "shares", "Shares", "% of the rows", curves)
 
 
 def _memory(record: RunRecord) -> Chart | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from coordinator.view.blocks import bar, plot
+from coordinator.view.fleet import fleet_lines
 from coordinator.view.format import (
     MISSING,
     duration_text,
@@ -17,12 +18,13 @@ from coordinator.view.format import (
     size_text,
     speed_text,
 )
+from coordinator.view.pressure import pressure_style
 from coordinator.view.state import RunState, Task, Validation
 
 ARROWS = {"falling": ("↓", "green"), "flat": ("→", "dim"), "rising": ("↑", "yellow"), "unknown": ("", "")}
 LEVEL_STYLES = {"info": "dim", "warning": "yellow", "error": "bold red"}
-YELLOW_ABOVE, RED_ABOVE = 0.75, 0.90
 CELL_WIDTH = 36
+PLOT_RANK = 4  # cut off it would mislead
 
 
 @dataclass
@@ -31,14 +33,6 @@ class Block:
 
     rank: int
     lines: list[Text]
-
-
-def pressure_style(used_bytes: float, total_bytes: float) -> str:
-    """Green is good, yellow slows down, red means reduce the batch."""
-    part = used_bytes / total_bytes
-    if part >= RED_ABOVE:
-        return "bold red"
-    return "yellow" if part >= YELLOW_ABOVE else "green"
 
 
 def frame(state: RunState, width: int, height: int, total_memory_bytes: int) -> list[Text]:
@@ -52,17 +46,20 @@ def frame(state: RunState, width: int, height: int, total_memory_bytes: int) -> 
     """
     plot_height = 5 if height >= 24 else 3
     blocks = [
-        Block(5, header(state, width)),
+        Block(6, header(state, width)),
         Block(0, [step_bar(state, width)] if state.started else []),
         Block(1, [task_bar(task, width) for task in state.tasks.values()]),
         Block(2, statistics(state, width, total_memory_bytes) if state.step or state.validation else []),
-        Block(3, loss_plot(state, width, plot_height)),
-        Block(6, sample_lines(state)),
-        Block(4, note_lines(state)),
+        Block(3, fleet_lines(state, width, height)),
+        Block(PLOT_RANK, loss_plot(state, width, plot_height)),
+        Block(7, sample_lines(state)),
+        Block(5, note_lines(state)),
     ]
     rows_left = height
     for block in sorted(blocks, key=lambda b: b.rank):
-        block.lines = block.lines[: max(rows_left, 0)] if block.rank != 3 or len(block.lines) <= rows_left else []
+        block.lines = (
+            block.lines[: max(rows_left, 0)] if block.rank != PLOT_RANK or len(block.lines) <= rows_left else []
+        )
         rows_left -= len(block.lines)
     lines = [line for block in blocks for line in block.lines]
     for line in lines:
@@ -107,7 +104,9 @@ def statistics(state: RunState, width: int, total_memory_bytes: int) -> list[Tex
     left = [_cell("loss", _loss(state)), _cell("validation", Text(_at(state.validation)))]
     left.append(_cell("best", Text(_at(state.best))))
     right = [_cell("speed", Text(f"{speed_text(state.tokens_per_second)} tokens/s"))]
-    right.append(_cell("memory", _memory(state.peak_memory_bytes, total_memory_bytes)))
+    # Of several machines the peak may be another one's, with other memory.
+    total = total_memory_bytes if len(state.members) < 2 else 0
+    right.append(_cell("memory", _memory(state.peak_memory_bytes, total)))
     right.append(_cell("rate", Text(rate_text(state.learning_rate))))
     columns = min(max(width // CELL_WIDTH, 1), 3)
     cells = [cell for pair in zip(left, right, strict=True) for cell in pair] if columns == 2 else left + right

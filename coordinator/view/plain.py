@@ -10,7 +10,11 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from coordinator.stream import (
+    FAILED,
+    STOPPED,
     Advanced,
+    FleetFormed,
+    FleetMember,
     Noted,
     RunEvent,
     RunFinished,
@@ -73,6 +77,8 @@ class PlainView:
         match event:
             case RunStarted():
                 self._lines(started_lines(event), worth_it=not self._quiet)
+            case FleetFormed():
+                self._lines(fleet_lines(event), worth_it=not self._quiet)
             case StepFinished(_, True):
                 self._lines([step_line(self._state)], worth_it=not self._quiet)
             case Validated():
@@ -84,7 +90,7 @@ class PlainView:
                 self._lines([test_line(event)])
             case Advanced():
                 self._task(event)
-            case Noted(_, message, level):
+            case Noted(kind, message, level) if kind != FAILED:
                 line = one_line(message) if level == "info" else f"{level}: {one_line(message)}"
                 self._lines([line], worth_it=not self._quiet or level != "info")
             case RunFinished():
@@ -102,8 +108,9 @@ class PlainView:
         now = self._clock()
         if not self._quiet and now - self._task_line_at >= TASK_LINE_EVERY_SECONDS:
             self._task_line_at = now
-            share = f"{event.done:,} of {event.total:,}" if event.total > 0 else f"{event.done:,}"
-            self._writer.write(f"{one_line(event.task)}: {share}")
+            done = f": {event.done:,}" if event.done or event.total > 0 else ""
+            total = f" of {event.total:,}" if event.total > 0 else ""
+            self._writer.write(f"{one_line(event.task)}{done}{total}")
 
 
 def started_lines(event: RunStarted) -> list[str]:
@@ -114,6 +121,12 @@ def started_lines(event: RunStarted) -> list[str]:
     return [f"run {event.run} in {one_line(event.name)}{goes_on}", *facts]
 
 
+def fleet_lines(event: FleetFormed) -> list[str]:
+    """The plan: who does how much over which link, and who is left out."""
+    first, *rest = event.lines or ("",)
+    return [f"fleet: {one_line(first)}", *(f"  {one_line(line)}" for line in rest)]
+
+
 def step_line(state: RunState) -> str:
     """Where the run is: loss is the mean since the last such line."""
     total = f"{state.total_steps}"
@@ -121,6 +134,8 @@ def step_line(state: RunState) -> str:
     if state.validation is not None:
         parts.append(f"val {loss_text(state.validation.loss)}")
     parts += [f"{speed_text(state.tokens_per_second)} tok/s", f"lr {rate_text(state.learning_rate)}"]
+    if len(state.members) > 1:
+        parts.append(f"{len(state.members)} nodes")
     if state.peak_memory_bytes:
         parts.append(f"peak {size_text(state.peak_memory_bytes)}")
     if state.step < state.total_steps and state.seconds_left is not None:
@@ -151,15 +166,22 @@ def finished_lines(event: RunFinished, state: RunState) -> list[str]:
     if event.status == "interrupted" and event.next_commands:
         status += "; it can go on from here"
     lines = [f"{status}: {state.step:,} steps{time_spent}"]
-    width = max((len(label) for label, _ in event.summary), default=0)
-    lines += [f"  {one_line(label):<{width}}  {one_line(value)}" for label, value in event.summary]
+    summary = summary_lines(event)
+    width = max((len(label) for label, _ in summary), default=0)
+    lines += [f"  {one_line(label):<{width}}  {one_line(value)}" for label, value in summary]
     for purpose, command in event.next_commands:
         lines += [f"{one_line(purpose)}:", f"  {one_line(command)}"]
     return lines
 
 
+def summary_lines(event: RunFinished) -> list[tuple[str, str]]:
+    """The labelled lines that a person is shown: without why it ended before its end, which the command says."""
+    return [(label, value) for label, value in event.summary if label not in (FAILED, STOPPED)]
+
+
 EVENT_NAMES = {
     RunStarted: "started",
+    FleetFormed: "fleet",
     StepFinished: "step",
     Validated: "validation",
     Sampled: "sample",
@@ -179,7 +201,8 @@ class JsonView:
     def handle(self, event: RunEvent) -> None:
         values: dict[str, Any] = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         values = {**values.pop("metrics", {}), **values}
-        values.pop("history", None)
+        for name in ("history", "recovered"):
+            values.pop(name, None)
         self._writer.write(json.dumps(_plain({"event": EVENT_NAMES[type(event)], **values}), allow_nan=False))
 
     def close(self) -> None:
@@ -197,5 +220,7 @@ def _plain(value: Any) -> Any:
             return [_plain(held) for held in value]
         case None | bool() | int() | str():
             return value
+        case FleetMember():
+            return _plain(dataclasses.asdict(value))
         case _:
             return str(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from coordinator.view.charts import Chart
 from coordinator.view.figures import charts_of, tiles_of
 from coordinator.view.records import RunRecord, read_run
-from coordinator.view.sections import commands_html, config_html, samples_html, summary_html, timeline_html
+from coordinator.view.sections import commands_html, config_html, nodes_html, samples_html, summary_html, timeline_html
 from node.files import write_text_atomically
 
 STATUS_WORDS = {"done": "done", "stopped_early": "stopped early", "interrupted": "interrupted", "failed": "failed"}
@@ -58,6 +58,7 @@ def page(
         _tiles(record),
         summary_html(summary),
         _curves(charts),
+        nodes_html(record.nodes),
         samples_html(record.samples),
         commands_html(commands),
         timeline_html(record.events),

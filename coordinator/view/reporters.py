@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import time
@@ -115,6 +116,14 @@ class Reporter:
         self._quiet = False
 
     def handle(self, event: RunEvent) -> None:
+        if isinstance(event, RunStarted) and event.recovered:
+            # As they would have come: a tracker has heard of none of them.
+            late = {step.metrics["step"] for step in event.recovered}
+            told = tuple(entry for entry in event.history if "loss" not in entry or entry.get("step") not in late)
+            self.handle(dataclasses.replace(event, history=told, recovered=()))
+            for step in event.recovered:
+                self.handle(step)
+            return
         state = self._state
         state.apply(event)
         match event:

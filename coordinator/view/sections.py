@@ -8,12 +8,14 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from coordinator.view.format import duration_text, finite, shortened
+from coordinator.view.format import duration_text, finite, shortened, size_text, speed_text
+from coordinator.view.records import NodeRecord
 
 MOST_EVENTS = 400
 MOST_SAMPLES = 60
 SHOWN_SAMPLES = 3
 TEXT_CHARACTERS = 4000
+NODE_HEADINGS = ("rows", "steps", "tokens/s", "compute per step", "wait per step", "peak memory")
 
 
 def summary_html(summary: Mapping[str, str]) -> str:
@@ -22,6 +24,31 @@ def summary_html(summary: Mapping[str, str]) -> str:
         f"<div><dt>{escape(label)}</dt><dd>{escape(str(text))}</dd></div>" for label, text in summary.items()
     )
     return f"<section aria-label=Summary><dl class=facts>{rows}</dl></section>" if rows else ""
+
+
+def nodes_html(nodes: Mapping[str, NodeRecord]) -> str:
+    """One line per machine of several: its share, its speed, how long it computed and waited."""
+    if len(nodes) < 2:
+        return ""
+    all_rows = sum(sum(node.rows) for node in nodes.values()) or 1.0
+    head = "".join(f"<th scope=col>{heading}</th>" for heading in NODE_HEADINGS)
+    lines = []
+    for name, node in nodes.items():
+        speed = node.positions / node.compute_seconds if node.compute_seconds > 0 else None
+        values = (
+            f"{100 * sum(node.rows) / all_rows:.0f} %",
+            f"{node.steps:,}",
+            speed_text(speed),
+            duration_text(node.compute_seconds / max(node.steps, 1)),
+            duration_text(node.wait_seconds / max(node.steps, 1)),
+            size_text(node.peak_memory_bytes or None),
+        )
+        cells = "".join(f"<td>{value}</td>" for value in values)
+        lines.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
+    table = f"<table><thead><tr><th scope=col>machine</th>{head}</tr></thead>{''.join(lines)}</table>"
+    remark = "<p class=remark>Tokens are input tokens, padding included, per second of computing.</p>"
+    box = "<div class='scroll tall' tabindex=0 role=region aria-label=Machines>"
+    return f"<section class=nodes><h2>Machines</h2>{box}{table}</div>{remark}</section>"
 
 
 def commands_html(commands: Sequence[tuple[str, str]]) -> str:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from coordinator.stream import (
+    FAILED,
     Advanced,
+    FleetFormed,
     Noted,
     RunEvent,
     RunFinished,
@@ -20,6 +22,7 @@ from coordinator.stream import (
     Validated,
 )
 from coordinator.view.format import finite, number
+from coordinator.view.members import Members
 from coordinator.view.series import Series
 
 Trend = Literal["falling", "flat", "rising", "unknown"]
@@ -56,6 +59,8 @@ class RunState:
         trained_tokens: target tokens of all steps, those before a resume included.
         smoothed: the whole run's smoothed losses, bounded.
         bad_losses: steps whose loss was not finite.
+        fleet: the machines that were chosen, when there are several.
+        members: what each of them did in the last steps of this session.
         warnings: the last warnings and errors; ``warning_count`` counts all.
     """
 
@@ -72,6 +77,8 @@ class RunState:
     train_seconds: float = 0.0
     smoothed: Series = field(default_factory=Series)
     bad_losses: int = 0
+    fleet: FleetFormed | None = None
+    members: Members = field(default_factory=Members)
     validation: Validation | None = None
     best: Validation | None = None
     test: Tested | None = None
@@ -143,6 +150,9 @@ class RunState:
         match event:
             case RunStarted():
                 self._start(event)
+            case FleetFormed():
+                self.tasks.clear()
+                self.fleet = event
             case StepFinished(metrics, report):
                 self.tasks.clear()
                 self._step(metrics, live=True)
@@ -158,7 +168,7 @@ class RunState:
                 self.test = event
             case Advanced(task, done, total):
                 self._advance(Task(task, done, total))
-            case Noted():
+            case Noted(kind) if kind != FAILED:
                 self.notes.append(event)
                 if event.level != "info":
                     self.warnings.append(event)
@@ -184,6 +194,8 @@ class RunState:
         tokens, seconds = finite(metrics.get("tokens")), finite(metrics.get("seconds"))
         if live and seconds is not None:
             self._speed.append((tokens or 0.0, seconds))
+        if live:
+            self.members.take(metrics.get("per_node"))
         step = int(finite(metrics.get("step")) or 0)
         if step <= self.step:  # computed again after a loss: it already stands in the curve
             return

@@ -12,7 +12,7 @@ from rich.text import Text
 from coordinator.stream import RunEvent, RunFinished
 from coordinator.view.format import duration_text, one_line
 from coordinator.view.frame import LEVEL_STYLES, frame
-from coordinator.view.plain import STATUS_TEXT, test_line
+from coordinator.view.plain import STATUS_TEXT, summary_lines, test_line
 from coordinator.view.state import RunState
 
 REDRAWS_PER_SECOND = 4.0
@@ -87,8 +87,9 @@ class TerminalView:
         )
         if state.test is not None:
             lines.append(Text(test_line(state.test)))
-        label_width = max((len(label) for label, _ in event.summary), default=0)
-        for label, value in event.summary:
+        summary = summary_lines(event)
+        label_width = max((len(label) for label, _ in summary), default=0)
+        for label, value in summary:
             lines.append(Text.assemble((f"  {one_line(label):<{label_width}}  ", "dim"), one_line(value)))
         for purpose, command in event.next_commands:
             lines += [Text(), Text(one_line(purpose), style="dim"), Text(f"  {one_line(command)}", style="bold")]

@@ -10,7 +10,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
+from node.adapter_files import WEIGHTS, read_settings
 from node.errors import UserError
+from node.tensors import check_numbers
 
 
 def apply_adapter(model: nn.Module, folder: str) -> None:
@@ -20,8 +22,13 @@ def apply_adapter(model: nn.Module, folder: str) -> None:
         UserError: it cannot be read, or its names or shapes are not those of this model.
     """
     try:
+        read_settings(Path(folder))
+        check_numbers(Path(folder) / WEIGHTS, floats_only=True)
+    except UserError as error:
+        raise UserError(f"cannot use the adapter in {folder}: {str(error).removeprefix(f'{folder}/')}") from error
+    try:
         load_adapters(model, folder)
-        held: Any = mx.load(str(Path(folder) / "adapters.safetensors"))
+        held: Any = mx.load(str(Path(folder) / WEIGHTS))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(_reason(error, folder)) from error
     names = [name for name, _ in tree_flatten(model.parameters()) if name.endswith((".lora_a", ".lora_b"))]

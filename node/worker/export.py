@@ -20,6 +20,8 @@ from node.exports.card import model_card, name_of
 from node.exports.folders import check_free, new_folder
 from node.exports.kinds import COMPANIONS, PEFT_FILES, WEIGHTS
 from node.files import write_text_atomically
+from node.jsons import read_json
+from node.manifest import tokenizer_needs_own_code
 from node.spec import Fuse, ModelSpec
 from node.worker import tuning
 from node.worker.gguf import check_supported, write_gguf
@@ -104,11 +106,7 @@ def _check(model: ModelSpec, request: Fuse, target: Path) -> None:
 
 
 def _config(model: ModelSpec) -> dict[str, Any]:
-    try:
-        content = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {Path(model.path) / 'config.json'}: {error}") from error
-    return dict(content)
+    return read_json(Path(model.path) / "config.json")
 
 
 def _check_space(model: ModelSpec, request: Fuse, target: Path) -> None:
@@ -185,4 +183,6 @@ def _tokenizer(spec: ModelSpec, config: dict[str, Any]) -> Any:
     try:
         return load_tokenizer(Path(spec.path), extra, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # tokenizer code of any origin may raise anything
+        if not spec.trust_remote_code and "trust_remote_code" in str(error):
+            raise UserError(tokenizer_needs_own_code(spec.path)) from error
         raise UserError(f"cannot load the tokenizer in {spec.path}: {one_line(error)}") from error

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
 import threading
 import time
 import traceback
+from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +18,54 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters, maybe_set_recommended_wired_limit
 
+from node import wire
+from node.copies import STEPS_TOLD
 from node.errors import OutOfMemory, UserError, one_line
 from node.events import (
+    Digested,
     EvalDone,
     Failed,
     FailureKind,
     Fused,
     Heartbeat,
+    Joined,
+    Probed,
     Progress,
     Ready,
     Restored,
+    RingFailed,
 )
+from node.owner import MEMORY_LIMIT
+from node.reducer import LOG_NAME as REDUCER_LOG
 from node.spec import (
     CopyState,
+    Digest,
     Evaluate,
     Fuse,
     Generate,
     JobSpec,
+    Join,
+    Leave,
+    Probe,
     Request,
     Restore,
+    RingSpec,
     Setup,
+    Share,
     Stop,
     TrainStep,
 )
 from node.worker import tuning
+from node.worker.adder import Adder, ReductionFailed
 from node.worker.inbox import Inbox
 from node.worker.loss import loss_sum, pad
 from node.worker.optimizer import chooses_own_rate
 from node.worker.randomness import RowContext
+from node.worker.reducer import Interrupt, ReducerAdder
+from node.worker.ring import Ring, digest
 from node.worker.state import Copier, load_copy
-from node.worker.trainer import Trainer
+from node.worker.streams import StreamAdder
+from node.worker.trainer import Trainer, alone
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -56,7 +79,11 @@ class Worker:
         self._model: nn.Module | None = None
         self._trainer: Trainer | None = None
         self._copier: Copier | None = None
+        self._ring: Ring | None = None
+        self._steps: deque[tuple[int, bytes]] = deque(maxlen=STEPS_TOLD)  # the last ones, as they were told
+        self._passing = False  # the group failed: steps are passed over until there is another one, or none
         self._phase = "starting"
+        inbox.before_exit = self._kill_reducer
         self._stopped = threading.Event()
 
     def run(self) -> bool:
@@ -75,11 +102,13 @@ class Worker:
             if self._copier is not None:
                 self._copier.close()
         except Exception as error:  # noqa: BLE001 - the one boundary where anything becomes an event
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # the log's disk may be full, and that be what went wrong
+                traceback.print_exc()
             self._inbox.send(_failure(error))
             return False
         finally:
             self._stopped.set()
+            self._kill_reducer()
         return True
 
     def _do(self, request: Request) -> None:
@@ -89,6 +118,8 @@ class Worker:
             case Restore():
                 trainer, job = self._training()
                 trainer.restore(load_copy(Path(job.folder), request))
+                while self._steps and self._steps[-1][0] > request.step:
+                    self._steps.pop()
                 self._inbox.send(Restored(request.step))
             case TrainStep(share):
                 self._train(share)
@@ -97,6 +128,16 @@ class Worker:
                 self._model.eval()
                 total: Any = loss_sum(self._model, pad(rows)).item()
                 self._inbox.send(EvalDone(chunk, float(total), rows.target_tokens))
+            case Join(spec):
+                self._join(spec)
+            case Leave():
+                self._leave()
+            case Probe():
+                self._probe(request)
+            case Digest(weights):
+                trainer, _ = self._training()
+                state = trainer.published()
+                self._inbox.send(Digested(state.step, digest(state.parameters) if weights else ""))
             case CopyState():
                 trainer, job = self._training()
                 self._copy(trainer, job, requested=True)
@@ -116,14 +157,21 @@ class Worker:
     def _set_up(self, job: JobSpec) -> None:
         began = time.perf_counter()
         self._job = job
+        self._leave()
         if mx.default_device().type == mx.gpu:
             maybe_set_recommended_wired_limit()
+        if limit := int(os.environ.get(MEMORY_LIMIT, "0")):
+            mx.set_memory_limit(limit)
+            if recommended := mx.device_info().get("max_recommended_working_set_size"):
+                mx.set_wired_limit(min(limit, int(recommended)))
         Path(job.folder).mkdir(parents=True, exist_ok=True)
         model, config = tuning.load(job.model)
         notes: list[str] = []
         if job.tuning is not None and job.optimizer is not None:
             context = RowContext()
-            notes = tuning.make_trainable(model, job.tuning, job.seed, context)
+            given = job.tuning.initial_weights
+            begin = dataclasses.replace(job.tuning, initial_weights=str(Path(job.folder, given)) if given else "")
+            notes = tuning.make_trainable(model, begin, job.seed, context)
             if chooses_own_rate(job.optimizer):
                 notes.append("adafactor chooses its own rate (relative_step); --learning-rate is not used")
             self._trainer = Trainer(
@@ -152,17 +200,80 @@ class Worker:
             )
         )
 
-    def _train(self, share: Any) -> None:
+    def _join(self, spec: RingSpec) -> None:
+        self._leave()
+        self._passing = True
+        trainer, _ = self._training()
+        began = time.perf_counter()
+        try:
+            ring = Ring.join(spec, trainer, partial(self._adder, spec), self._inbox.send, self._own)
+        except ReductionFailed as error:
+            self._ring = None
+            self._inbox.send(RingFailed(0, str(error)))
+            return
+        trainer.reduce = ring
+        self._passing = False
+        self._inbox.send(Joined(spec.rank, spec.size, time.perf_counter() - began))
+
+    def _adder(self, spec: RingSpec, count: int) -> Adder:
+        inbox = self._inbox
+        if spec.backend == "grpc":
+            return StreamAdder(count, inbox.send, inbox.total, inbox.superseded)
+        _, job = self._training()
+        log = Path(job.folder) / REDUCER_LOG
+        return ReducerAdder(count, Interrupt(inbox.bell, inbox.superseded), log)
+
+    def _own(self, ring: Ring) -> None:
+        self._ring = ring
+
+    def _leave(self) -> None:
+        self._passing = False
+        if self._ring is not None:
+            ring, self._ring = self._ring, None
+            ring.kill()
+        if self._trainer is not None:
+            self._trainer.reduce = alone
+
+    def _kill_reducer(self) -> None:
+        if self._ring is not None:
+            self._ring.kill_process()
+
+    def _train(self, share: Share) -> None:
         trainer, job = self._training()
-        done = trainer.run(share)
+        if self._passing:
+            return
+        if share.step != trainer.step + 1:
+            # Never apply a step to another state than it belongs to, whatever went wrong before.
+            self._passing = True
+            self._inbox.send(RingFailed(share.step, f"this worker holds the state of step {trainer.step}"))
+            return
+        if self._ring is not None:
+            self._ring.prepare(share)
+        try:
+            done = trainer.run(share)
+        except ReductionFailed as error:
+            self._leave()
+            self._passing = True
+            self._inbox.send(RingFailed(share.step, str(error)))
+            return
         self._inbox.send(done)
+        self._steps.append((done.step, wire.encode_event(done, self._inbox.begun)))
         if job.copy_every > 0 and share.step % job.copy_every == 0:
             self._copy(trainer, job, requested=False)
+
+    def _probe(self, request: Probe) -> None:
+        trainer, _ = self._training()
+        trainer.time(request.share)
+        seconds: list[float] = []
+        while len(seconds) < request.repeats or sum(seconds) < request.seconds:
+            seconds.append(trainer.time(request.share))
+        self._inbox.send(Probed(tuple(seconds), request.share.positions, mx.get_peak_memory()))
 
     def _copy(self, trainer: Trainer, job: JobSpec, *, requested: bool) -> None:
         """Hand the state to the copier; in full fine-tuning wait for it, lest old arrays double the memory."""
         assert self._copier is not None
-        self._copier.copy(trainer.published(), requested=requested, generation=self._inbox.begun)
+        steps = tuple(event for _, event in self._steps)
+        self._copier.copy(trainer.published(), requested=requested, generation=self._inbox.begun, steps=steps)
         if job.tuning is not None and job.tuning.fine_tune_type == "full":
             self._copier.wait()
 

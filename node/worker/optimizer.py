@@ -94,4 +94,7 @@ class Optimizer:
         now = self.arrays()
         if set(now) != set(arrays) or any(now[name].shape != arrays[name].shape for name in now):
             raise UserError("the saved optimizer state does not fit this optimizer and these trained layers")
+        for name, array in arrays.items():
+            if mx.issubdtype(array.dtype, mx.floating) != mx.issubdtype(now[name].dtype, mx.floating):
+                raise UserError(f"the saved optimizer state does not fit: {name} is of type {array.dtype}")
         self._optimizer.state = tree_unflatten(list(arrays.items()))

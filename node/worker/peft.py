@@ -9,9 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from node.adapter_files import WEIGHTS, read_settings
 from node.errors import UserError
 from node.exports.card import name_of
 from node.exports.kinds import PEFT_MODEL_TYPES
+from node.tensors import check_numbers
 
 PREFIX = "base_model.model."
 # Routers too: transformers keeps their weights outside linear layers.
@@ -77,9 +79,10 @@ def write_peft(folder: Path, adapter: Path, config: dict[str, Any], source: str)
 def _parts(adapter: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, mx.array]]]:
     """The adapter's settings, and its tensors by module path and name."""
     try:
-        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        weights: Any = mx.load(str(adapter / "adapters.safetensors"))
-    except (OSError, ValueError, RuntimeError) as error:
+        settings = read_settings(adapter)
+        check_numbers(adapter / WEIGHTS, floats_only=True)
+        weights: Any = mx.load(str(adapter / WEIGHTS))
+    except (UserError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--export-peft: cannot read the adapter in {adapter}: {error}") from error
     if settings.get("fine_tune_type", "lora") == "full":
         raise UserError("--export-peft: this is a full fine-tune, not an adapter; export the fused model instead")

@@ -111,6 +111,9 @@ class Trainer:
         now = dict(tree_flatten(self._parameters))
         if set(now) != set(state.parameters) or any(now[name].shape != state.parameters[name].shape for name in now):
             raise UserError("the saved weights do not fit the layers that are trained here")
+        for name, parameter in state.parameters.items():
+            if not mx.issubdtype(parameter.dtype, mx.floating):
+                raise UserError(f"the saved weights do not fit: {name} is of type {parameter.dtype}")
         self._optimizer.restore(state.moments)
         self._parameters = tree_unflatten(list(state.parameters.items()))
         self._model.update(self._parameters)
@@ -143,6 +146,12 @@ class Trainer:
             peak_memory_bytes=mx.get_peak_memory(),
             padded_tokens=sum(len(rows.lengths) * rows.padded_length for rows in share.micro_batches),
         )
+
+    def time(self, share: Share) -> float:
+        """Seconds to compute a share's gradient; nothing is applied, nothing is kept."""
+        started = time.perf_counter()
+        self._accumulate(share)
+        return time.perf_counter() - started
 
     def _accumulate(self, share: Share) -> tuple[Arrays, mx.array, int]:
         """Sums of gradients (fp32 where there is more than one part), losses and target tokens of a share."""

@@ -11,8 +11,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
+from node.adapter_files import MOST_RANK
 from node.errors import UserError, mentions_memory, one_line
+from node.jsons import read_json
+from node.manifest import needs_own_code
 from node.spec import ModelSpec, TuningSpec
+from node.tensors import check_numbers, read_tensors
 from node.worker.adapter import apply_adapter
 from node.worker.randomness import RowContext, add_embedding_noise, key_dropout
 
@@ -27,6 +31,10 @@ def load(spec: ModelSpec, *, lazy: bool = False) -> tuple[nn.Module, dict[str, A
         UserError: the model or the adapter cannot be read, or they do not belong together.
     """
     try:
+        _check_files(spec)
+    except UserError as error:
+        raise UserError(f"cannot load the model in {spec.path}: {str(error).removeprefix(f'{spec.path}/')}") from error
+    try:
         model, config = load_model(Path(spec.path), lazy=lazy, trust_remote_code=spec.trust_remote_code)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot load the model in {spec.path}: {one_line(error)}") from error
@@ -37,6 +45,16 @@ def load(spec: ModelSpec, *, lazy: bool = False) -> tuple[nn.Module, dict[str, A
     if spec.adapter_path:
         apply_adapter(model, spec.adapter_path)
     return model, config
+
+
+def _check_files(spec: ModelSpec) -> None:
+    """Refuse a model whose files cannot be meant, or that needs its own Python file without leave to run it."""
+    file = Path(spec.path) / "config.json"
+    named = read_json(file).get("model_file") if file.is_file() else None
+    if named is not None and not spec.trust_remote_code:
+        raise UserError(needs_own_code(file, str(named)))
+    for weights in sorted(Path(spec.path).glob("model*.safetensors")):
+        read_tensors(weights)
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -57,6 +75,8 @@ def make_trainable(model: nn.Module, spec: TuningSpec, seed: int, context: RowCo
     """
     notes = []
     layers = len(model.layers)
+    if spec.fine_tune_type != "full" and not 1 <= spec.rank <= MOST_RANK:
+        raise UserError(f"--lora-rank {spec.rank}: a rank is a whole number from 1 to {MOST_RANK}")
     if spec.num_layers > layers:
         notes.append(f"the model has {layers} layers, fewer than --num-layers {spec.num_layers}: training them all")
     num_layers = -1 if spec.num_layers > layers else spec.num_layers
@@ -98,7 +118,10 @@ def load_initial_weights(model: nn.Module, path: str) -> None:
         UserError: the file cannot be read, or names or shapes differ from what is trained.
     """
     try:
+        stored = check_numbers(Path(path), floats_only=True)
         weights: Any = mx.load(path)
+    except UserError as error:
+        raise UserError(f"--resume-adapter-file {error}") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--resume-adapter-file {path}: {one_line(error)}") from error
     trained = dict(tree_flatten(model.trainable_parameters()))
@@ -108,6 +131,9 @@ def load_initial_weights(model: nn.Module, path: str) -> None:
             f"--resume-adapter-file {path}: {foreign[0]} is not trained here;"
             " --fine-tune-type, --num-layers and --lora-keys must be those it was trained with"
         )
+    halves = {name for name in stored if name.endswith((".lora_a", ".lora_b")) and _twin(name) not in stored}
+    if halves:
+        raise UserError(f"--resume-adapter-file {path}: it has no {_twin(min(halves))}; copy it again")
     for name, array in weights.items():
         if array.shape != trained[name].shape:
             raise UserError(
@@ -115,6 +141,11 @@ def load_initial_weights(model: nn.Module, path: str) -> None:
                 " --lora-rank must be the one it was trained with"
             )
     model.load_weights(list(weights.items()), strict=False)
+
+
+def _twin(name: str) -> str:
+    """The other half of a LoRA pair."""
+    return name[:-1] + ("b" if name.endswith("a") else "a")
 
 
 def _checkpoint(layer: nn.Module) -> None:

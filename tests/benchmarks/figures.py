@@ -14,26 +14,41 @@ class Figure:
         name: what was measured.
         unit: of the values.
         values: of each repetition.
-        below: what the median should stay below, or None for a figure that is only for comparison.
+        below: what the median should stay below, or None.
+        at_least: what the median should reach, or None; with neither the figure is only for comparison.
     """
 
     name: str
     unit: str
     values: tuple[float, ...]
     below: float | None = None
+    at_least: float | None = None
 
     @property
     def median(self) -> float:
         return statistics.median(self.values)
+
+    @property
+    def goal(self) -> str:
+        """What the median should be, or ""."""
+        if self.below is not None:
+            return f"< {self.below:g}"
+        return "" if self.at_least is None else f">= {self.at_least:g}"
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is, or "" without a goal."""
+        if not self.goal:
+            return ""
+        fits = (self.below is None or self.median < self.below) and self.median >= (self.at_least or 0.0)
+        return "reached" if fits else "missed"
 
 
 def table(figures: list[Figure]) -> str:
     """A row for each figure: median, range, goal."""
     rows = [("measure", "median", "range", "goal", "")]
     for figure in figures:
-        spread = f"{min(figure.values):.3f} to {max(figure.values):.3f}"
-        goal = "" if figure.below is None else f"< {figure.below:g}"
-        verdict = "" if figure.below is None else "reached" if figure.median < figure.below else "missed"
-        rows.append((figure.name, f"{figure.median:.3f} {figure.unit}", spread, goal, verdict))
+        spread = f"{min(figure.values):.3g} to {max(figure.values):.3g}"
+        rows.append((figure.name, f"{figure.median:.3g} {figure.unit}", spread, figure.goal, figure.verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

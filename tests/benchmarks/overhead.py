@@ -15,7 +15,7 @@ STEPS = 44
 WARM_UP = 4
 
 
-def measure(folder: Path, pairs: int) -> list[Figure]:
+def run(folder: Path, pairs: int) -> list[Figure]:
     """Ratio of seconds per step: the whole program over the bare loop."""
     from tests.fixtures.models import tiny_model
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from tests.benchmarks.figures import Figure
 
 
-def measure(repetitions: int) -> list[Figure]:
+def run(folder: Path, repetitions: int) -> list[Figure]:
     """Seconds from typing ``coordinator --help`` to its end, and of an empty Python for comparison."""
     script = str(Path(sys.executable).parent / "coordinator")
-    help_seconds, bare_seconds = [], []
+    help_seconds: list[float] = []
+    bare_seconds: list[float] = []
     for warm in range(repetitions + 1):
         for command, seconds in (([script, "--help"], help_seconds), ([sys.executable, "-c", ""], bare_seconds)):
             began = time.perf_counter()

@@ -17,6 +17,7 @@ from coordinator.runfolder import RunFolder
 from node.events import Copied
 from node.files import sha256_of
 from node.spec import FileRef
+from tests.fixtures.tensors import saying
 
 
 class Crash(BaseException):
@@ -42,8 +43,8 @@ def reference(path: Path) -> FileRef:
 
 def copy_of(copies: Path, step: int, content: str = "") -> Copied:
     weights, optimizer = copies / f"{step}.weights.safetensors", copies / f"{step}.optimizer.safetensors"
-    weights.write_text(f"weights of step {step} {content}")
-    optimizer.write_text(f"moments of step {step} {content}")
+    weights.write_text(saying(f"weights of step {step} {content}"))
+    optimizer.write_text(saying(f"moments of step {step} {content}"))
     return Copied(step, requested=True, weights=reference(weights), optimizer=reference(optimizer))
 
 
@@ -67,16 +68,16 @@ def test_a_checkpoint_is_found_again(folder: RunFolder, copies: Path) -> None:
     assert found.progress == progress
     assert found.folder == folder.checkpoints / "0000010"
     assert not found.scheduled
-    assert (found.folder / "weights.safetensors").read_text() == "weights of step 5 "
-    assert (found.folder / "optimizer.safetensors").read_text() == "moments of step 5 "
+    assert (found.folder / "weights.safetensors").read_text() == saying("weights of step 5 ")
+    assert (found.folder / "optimizer.safetensors").read_text() == saying("moments of step 5 ")
 
 
 def test_weights_stand_where_mlx_lm_looks_and_may_be_overwritten_there(folder: RunFolder, copies: Path) -> None:
     checkpoints = Checkpoints(folder, None)
     save(checkpoints, copies, 1)
     saved = save(checkpoints, copies, 2)
-    assert (folder.path / "0000002_adapters.safetensors").read_text() == "weights of step 1 "
-    assert (folder.path / "0000004_adapters.safetensors").read_text() == "weights of step 2 "
+    assert (folder.path / "0000002_adapters.safetensors").read_text() == saying("weights of step 1 ")
+    assert (folder.path / "0000004_adapters.safetensors").read_text() == saying("weights of step 2 ")
     for name in ("adapters.safetensors", "0000004_adapters.safetensors"):
         (folder.path / name).write_text("another program writes in place")
     assert saved.intact()
@@ -91,7 +92,7 @@ def test_a_disk_without_hard_links(folder: RunFolder, copies: Path, monkeypatch:
     saved = save(Checkpoints(folder, None), copies, 1)
     assert saved.intact()
     assert not (folder.path / "adapters.safetensors").samefile(saved.folder / "weights.safetensors")
-    assert (folder.path / "adapters.safetensors").read_text() == "weights of step 1 "
+    assert (folder.path / "adapters.safetensors").read_text() == saying("weights of step 1 ")
 
 
 CALLS: list[tuple[Any, str]] = [
@@ -156,7 +157,7 @@ def test_a_crash_anywhere_in_saving_leaves_the_old_or_the_new(same: bool, after:
         assert found is not None
         assert found.progress.step in ({1, 2} if same else {2, 3})
         public = (folder.path / "adapters.safetensors").read_text()
-        assert public in {f"weights of step {s} {c}" for s in (2, 3) for c in ("", "again")}
+        assert public in {saying(f"weights of step {s} {c}") for s in (2, 3) for c in ("", "again")}
         if not crashed:
             assert number > 8, "the calls that were to be counted were not"
             assert found.progress.step == step
@@ -166,7 +167,7 @@ def test_a_crash_anywhere_in_saving_leaves_the_old_or_the_new(same: bool, after:
         copied = copy_of(copies, step, "again")
         Checkpoints(folder, None).save(copied, copies, Progress(step, 2 * step), scheduled=True)
         assert [name for name in names(folder) if name.startswith(".")] == []
-        assert (folder.path / "adapters.safetensors").read_text() == f"weights of step {step} again"
+        assert (folder.path / "adapters.safetensors").read_text() == saying(f"weights of step {step} again")
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(
@@ -183,7 +184,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     found = Checkpoints(folder, None).newest_intact(no_damage)
     assert found is not None
     assert found.progress.step == 1
-    assert (folder.path / "adapters.safetensors").read_text() == "weights of step 1 "
+    assert (folder.path / "adapters.safetensors").read_text() == saying("weights of step 1 ")
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -274,8 +275,8 @@ def test_publishing_another_checkpoint(folder: RunFolder, copies: Path) -> None:
     first = save(checkpoints, copies, 1)
     save(checkpoints, copies, 2)
     checkpoints.publish(first.folder)
-    assert (folder.path / "adapters.safetensors").read_text() == "weights of step 1 "
-    assert (folder.path / "0000004_adapters.safetensors").read_text() == "weights of step 2 "
+    assert (folder.path / "adapters.safetensors").read_text() == saying("weights of step 1 ")
+    assert (folder.path / "0000004_adapters.safetensors").read_text() == saying("weights of step 2 ")
 
 
 def test_what_was_cut_off_is_swept_away(folder: RunFolder, copies: Path) -> None:

@@ -72,6 +72,12 @@ DEFAULTS: dict[str, Any] = {
     "upload_repo": None,
     "hf_path": None,
     "nodes": "auto",
+    "local": True,
+    "min_nodes": 1,
+    "force_all": False,
+    "reduce": "auto",
+    "ring_encryption": "auto",
+    "wait": False,
     "force": False,
     "preset": None,
 }

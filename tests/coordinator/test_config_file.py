@@ -278,6 +278,8 @@ def test_resuming_takes_the_options_of_the_run(run: Path) -> None:
 def test_what_may_change_when_resuming(run: Path) -> None:
     config = resumed(run, iters=20, keep_last=2, save_every=5, test=True)
     assert (config.iters, config.keep_last, config.save_every, config.test) == (20, 2, 5, True)
+    assert resumed(run, reduce="grpc").reduce == "grpc"
+    assert resumed(run, ring_encryption="on").ring_encryption == "on"
     longer = resumed(run, epochs=3.0)
     assert (longer.iters, longer.epochs) == (None, 3.0)
 

@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator import crew, watch
 from coordinator import engine as module
+from coordinator.alone import Alone
 from coordinator.checkpoint import Checkpoint, Checkpoints
-from coordinator.engine import Engine, StopRequested, Work
+from coordinator.crew import StopRequested
+from coordinator.engine import Engine, Work
 from coordinator.program import Program
 from coordinator.prompts import SamplePrompt
 from coordinator.runfolder import RunFolder
 from coordinator.stream import Noted, RunEvent, Sampled, StepFinished, Validated
 from node import events
 from node.errors import OutOfMemory, TandemError, UserError, WorkerLost
-from node.files import sha256_of
+from node.files import link_or_copy, sha256_of
 from node.spec import (
     CopyState,
     Evaluate,
@@ -38,6 +41,7 @@ from node.spec import (
     Share,
     TrainStep,
 )
+from tests.fixtures.tensors import saying
 
 Answer = events.Event | TandemError | None
 # Called with each request before it is done; may change the answer: an error, an event, or None for silence.
@@ -96,6 +100,16 @@ class FakeWorker:
     def cancel(self) -> None:
         self.waiting.clear()
 
+    @property
+    def generation(self) -> int:
+        return 0
+
+    async def give(self, ref: FileRef, source: Path) -> None:
+        link_or_copy(source, self.folder / ref.name)
+
+    async def fetch(self, ref: FileRef, target: Path) -> None:
+        link_or_copy(self.folder / ref.name, target)
+
     async def close(self) -> None:
         self.closed = True
 
@@ -104,7 +118,7 @@ class FakeWorker:
             case Setup():
                 return [events.Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)]  # noqa: FBT003
             case Restore():
-                assert (self.folder / request.weights.name).read_text() == f"weights {request.step}"
+                assert (self.folder / request.weights.name).read_text() == saying(f"weights {request.step}")
                 self.step = request.step
                 return [events.Restored(request.step)]
             case TrainStep(share):
@@ -130,7 +144,7 @@ class FakeWorker:
         refs = []
         for kind in ("weights", "optimizer"):
             path = self.folder / f"{self.step}{'-asked' if requested else ''}.{kind}.safetensors"
-            path.write_text(f"{kind} {self.step}")
+            path.write_text(saying(f"{kind} {self.step}"))
             refs.append(FileRef(path.name, sha256_of(path), path.stat().st_size))
         return events.Copied(self.step, requested, refs[0], refs[1])
 
@@ -212,7 +226,7 @@ class Bench:
         self.program = Program(**{"accumulation": 1, "steps_per_report": 1, "validates": True, **intervals})
         self.steps = Steps(changes.pop("shrinks", 0))
         work: dict[str, Any] = {
-            "job": JobSpec("run", str(self.copies), ModelSpec("model")),
+            "folder": self.copies,
             "program": self.program,
             "steps": self.steps,
             "validation": Chunks(),
@@ -231,7 +245,9 @@ class Bench:
         async def run() -> Engine:
             self.stop = asyncio.Event()
             checkpoints = Checkpoints(self.folder, self.keep_last)
-            self.engine = Engine(self.work, self._start, checkpoints, self.told, self.resumed, self.stop)
+            job = JobSpec("run", str(self.copies), ModelSpec("model"))
+            alone = Alone(self._start, job, {}, self.told, self.stop)
+            self.engine = Engine(self.work, alone, checkpoints, self.told, self.resumed, self.stop)
             try:
                 await self.engine.prepare()
                 await self.engine.run()
@@ -355,7 +371,8 @@ def test_a_worker_that_dies_in_a_step(step: int, tmp_path: Path) -> None:
     assert 12 in bench.saved
     assert engine.replayed_steps < COPY_EVERY
     (restarted,) = bench.told.notes("restarted")
-    assert restarted.details == {"replayed_steps": engine.replayed_steps, "step": step - 1}
+    assert restarted.details["replayed_steps"] == engine.replayed_steps
+    assert restarted.details["step"] == step - 1
     (lost,) = bench.told.notes("worker_lost")
     assert "SIGKILL; starting another" in lost.message
 
@@ -447,15 +464,49 @@ def test_deaths_with_progress_in_between_do_not(tmp_path: Path) -> None:
 
 
 def test_silence_is_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(crew, "SILENCE_SECONDS", 0.05)
     bench = Bench(tmp_path, script=once(trains(3), None))
     bench.go()
     assert bench.told.steps == CURVE
     assert "said nothing" in bench.told.notes("worker_lost")[0].message
 
 
+@pytest.mark.parametrize("step", [2, 9])
+def test_a_worker_that_is_alive_and_makes_no_progress_is_a_loss(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNPREDICTED_SECONDS", 1.0)
+    monkeypatch.setattr(module, "LONE_STEP_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "MORE_SECONDS", 0.0)
+
+    def script(worker: FakeWorker, request: Request) -> Answer | bool:
+        hangs = worker is bench.workers[0] and isinstance(request, TrainStep) and request.share.step >= step
+        return events.Heartbeat("training", worker.step, 1) if hangs else True
+
+    bench = Bench(tmp_path, script=script)
+    engine = bench.go()
+    assert bench.told.steps == CURVE
+    assert engine.replayed_steps < COPY_EVERY
+    lost = bench.told.notes("worker_lost")[0].message
+    assert f"is alive, but has not finished step {step} after" in lost
+
+
+def test_a_copy_that_is_asked_for_and_never_written_is_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COPY_SECONDS", 1.0)
+
+    def script(worker: FakeWorker, request: Request) -> Answer | bool:
+        hangs = worker is bench.workers[0] and isinstance(request, CopyState)
+        return events.Heartbeat("training", worker.step, 1) if hangs else True
+
+    bench = Bench(tmp_path, script=script)
+    bench.go()
+    assert bench.told.steps == CURVE
+    assert "has not written the state of step 5 in" in bench.told.notes("worker_lost")[0].message
+    assert bench.engine.saved_step == 12
+
+
 def test_a_worker_that_takes_nothing_in_is_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(crew, "SILENCE_SECONDS", 0.05)
     bench = Bench(tmp_path)
     plain = FakeWorker.send
 

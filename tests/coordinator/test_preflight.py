@@ -17,11 +17,10 @@ from coordinator.preflight import (
     check_writable,
     fitting_tokens,
     memory_limit,
-    parse_size,
-    show_size,
 )
 from node.errors import UserError
 from node.hardware import GIB, Facts, facts
+from node.sizes import parse_size, show_size
 from tests.fixtures.models import tiny_model
 
 MIB = 1 << 20

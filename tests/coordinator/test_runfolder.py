@@ -154,6 +154,8 @@ def test_a_disk_that_cannot_be_written_is_told_once(folder: RunFolder) -> None:
     folder.path.mkdir()
     recorder.handle(StepFinished({"step": 4}, report=False))
     assert [entry["step"] for entry in read_json_lines(folder.metrics)] == [1, 2, 3, 4], "nothing is missing"
+    assert len(complaints) == 2
+    assert complaints[1] == f"{folder.path} can be written again; nothing is missing"
 
 
 def test_the_registry() -> None:

@@ -20,6 +20,7 @@ from coordinator.cli import coordinator
 from coordinator.runfolder import RunFolder
 from node.clikit import run_cli
 from node.hardware import Facts, facts
+from node.identity import credentials
 from tests.fixtures.models import tiny_model
 from tests.fixtures.runs import ENTRY, write_chat_data
 
@@ -299,7 +300,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown reporter": (["--report-to", "wanbd"], "--report-to: 'wanbd' is none of wandb, swanlab, tensorboard"),
     "reporter not installed": (["--report-to", "swanlab"], "--report-to swanlab: not installed; "),
     "unknown preset": (["--preset", "mlx"], "'mlx' is not 'mlx-lm'"),
-    "unknown node": (["--nodes", "studio"], "--nodes studio: no such node found"),
+    "unknown node": (["--nodes", "studio"], "--nodes studio: no node of this name answers"),
     "size": (["--clear-cache-threshold", "much"], "--clear-cache-threshold: 'much' is no size; write it as 12GB"),
     "no validations to stop by": (["--val-batches", "0", "--early-stop", "2"], "--early-stop needs validations"),
     "upload without fuse": (["--upload-repo", "me/mine"], "--upload-repo needs --fuse"),
@@ -586,6 +587,7 @@ def test_a_data_folder_on_a_disk_that_is_too_small(
 
 def test_files_that_may_not_grow(inputs: Inputs, here: Path, tandem_home: Path) -> None:
     """A quota: what the system refuses in the middle of writing leaves nothing half done."""
+    credentials(tandem_home)
     before = contents(here)
     run = subprocess.run(
         [sys.executable, "-P", "-c", ENTRY, "train", "--model", inputs.model, "--data", inputs.data, "--iters", "2"],

@@ -130,7 +130,8 @@ def test_logits_agree(in_mlx: tuple[Any, Any], exported: dict[str, Path]) -> Non
     model, tokenizer = in_mlx
     tokens = tokenizer.encode("The quick brown fox jumps over the lazy dog, 12345 times: déjà vu.")
     expected = np.array(model(mx.array([tokens]))[0].astype(mx.float32))
-    for kind, mean, same in (("f32", 0.01, 1.0), ("f16", 0.01, 1.0), ("q8_0", 0.6, 0.8)):
+    # Logits of about 7 on average; how llama.cpp multiplies f16 depends on the processor (0.003 to 0.0102 were seen).
+    for kind, mean, same in (("f32", 0.01, 1.0), ("f16", 0.02, 1.0), ("q8_0", 0.6, 0.8)):
         llama = in_llama_cpp(exported[kind])
         llama.eval(tokens)
         found = np.array(llama.scores[: len(tokens)])

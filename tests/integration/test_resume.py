@@ -79,6 +79,7 @@ def test_the_reference_is_complete(reference: Path) -> None:
     assert [step for step, _ in validations(reference)] == list(range(0, 49, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_ten_kills_at_random_times_leave_the_same_curve(inputs: Path, reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"

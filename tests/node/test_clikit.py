@@ -74,7 +74,7 @@ def test_help_lists_lazy_commands_without_importing_them(capsys: pytest.CaptureF
 
 
 def test_a_lazy_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    group = LazyGroup("tool", lazy={"info": LazyCommand("node.cli:info", "Facts.")})
+    group = LazyGroup("tool", lazy={"info": LazyCommand("node.commands.info:info", "Facts.")})
     assert run_cli(group, ["info", "--help"], prog_name="tool") == 0
     assert "tool info" in capsys.readouterr().out
 

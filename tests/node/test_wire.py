@@ -29,6 +29,10 @@ def example(hint: Any, seed: int) -> Any:
     """A value of this type that differs from every default."""
     inner, _ = wire._strip_optional(hint)
     origin = typing.get_origin(inner)
+    if inner is spec.Rows:  # its arrays must fit together
+        counts = np.arange(seed, seed + 3, dtype=np.int32)
+        tokens, spans = (np.arange(factor * counts.sum(), dtype=np.int32) for factor in (1, 2))
+        return spec.Rows(counts + 1, counts, tokens, counts, spans, 7 + seed)
     if isinstance(inner, type) and dataclasses.is_dataclass(inner):
         hints = typing.get_type_hints(inner)
         return inner(**{name: example(kind, seed + i) for i, (name, kind) in enumerate(hints.items())})
@@ -40,11 +44,11 @@ def example(hint: Any, seed: int) -> Any:
         return {"name": "cosine_decay", "arguments": [0.1, seed]}
     if origin is typing.Literal:
         return typing.get_args(inner)[-1]
-    return {int: 7 + seed, float: 0.5 + seed, str: f"text {seed}", bool: True}[inner]
+    return {int: 7 + seed, float: 0.5 + seed, str: f"text {seed}", bytes: bytes([seed, 0, 255]), bool: True}[inner]
 
 
 REQUESTS = typing.get_args(spec.Request)
-EVENTS = typing.get_args(events.Event)
+EVENTS = typing.get_args(events.WorkerEvent)
 
 
 @pytest.mark.parametrize("cls", REQUESTS, ids=lambda c: c.__name__)

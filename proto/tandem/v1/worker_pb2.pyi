@@ -8,7 +8,8 @@ socket between two processes of one machine, or a network stream. Every message 
 a newer generation cancels the older ones that have not begun. An event carries the generation of the request that
 it follows, a heartbeat the newest that was heard of; who receives an event decides whether it is stale.
 
-Integer arrays travel as packed little-endian int32 in `bytes` (`repeated int32` is 16 times slower).
+Integer arrays travel as packed little-endian int32 in `bytes` (`repeated int32` is 16 times slower), gradients as
+little-endian fp32.
 """
 
 from collections import abc as _abc
@@ -33,19 +34,22 @@ class ModelSpec(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     ADAPTER_PATH_FIELD_NUMBER: _builtins.int
     TRUST_REMOTE_CODE_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     adapter_path: _builtins.str
     trust_remote_code: _builtins.bool
+    manifest: _builtins.str
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         adapter_path: _builtins.str = ...,
         trust_remote_code: _builtins.bool = ...,
+        manifest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_path", b"adapter_path", "path", b"path", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_path", b"adapter_path", "manifest", b"manifest", "path", b"path", "trust_remote_code", b"trust_remote_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -296,7 +300,11 @@ class Share(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     MICRO_BATCHES_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    check: _builtins.bool
+    wait_seconds: _builtins.float
     @_builtins.property
     def micro_batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rows]: ...
     def __init__(
@@ -304,14 +312,65 @@ class Share(_message.Message):
         *,
         step: _builtins.int = ...,
         micro_batches: _abc.Iterable[Global___Rows] | None = ...,
+        check: _builtins.bool = ...,
+        wait_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["micro_batches", b"micro_batches", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "micro_batches", b"micro_batches", "step", b"step", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Share: _TypeAlias = Share  # noqa: Y015
+
+@_typing.final
+class RingSpec(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    LISTEN_FIELD_NUMBER: _builtins.int
+    CONNECT_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    FORM_SECONDS_FIELD_NUMBER: _builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    LEADER_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    size: _builtins.int
+    backend: _builtins.str
+    token: _builtins.int
+    form_seconds: _builtins.float
+    wait_seconds: _builtins.float
+    leader: _builtins.str
+    @_builtins.property
+    def listen(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def connect(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        size: _builtins.int = ...,
+        backend: _builtins.str = ...,
+        listen: _abc.Iterable[_builtins.str] | None = ...,
+        connect: _abc.Iterable[_builtins.str] | None = ...,
+        token: _builtins.int = ...,
+        form_seconds: _builtins.float = ...,
+        wait_seconds: _builtins.float = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
+        leader: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "connect", b"connect", "devices", b"devices", "form_seconds", b"form_seconds", "leader", b"leader", "listen", b"listen", "rank", b"rank", "size", b"size", "token", b"token", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RingSpec: _TypeAlias = RingSpec  # noqa: Y015
 
 @_typing.final
 class TrainStep(_message.Message):
@@ -466,6 +525,113 @@ class Fuse(_message.Message):
 Global___Fuse: _TypeAlias = Fuse  # noqa: Y015
 
 @_typing.final
+class Join(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ring(self) -> Global___RingSpec: ...
+    def __init__(
+        self,
+        *,
+        ring: Global___RingSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ring", b"ring"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ring", b"ring"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Join: _TypeAlias = Join  # noqa: Y015
+
+@_typing.final
+class Leave(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leave: _TypeAlias = Leave  # noqa: Y015
+
+@_typing.final
+class Probe(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    REPEATS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    repeats: _builtins.int
+    seconds: _builtins.float
+    @_builtins.property
+    def share(self) -> Global___Share: ...
+    def __init__(
+        self,
+        *,
+        share: Global___Share | None = ...,
+        repeats: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["share", b"share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["repeats", b"repeats", "seconds", b"seconds", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Probe: _TypeAlias = Probe  # noqa: Y015
+
+@_typing.final
+class Digest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    weights: _builtins.bool
+    def __init__(
+        self,
+        *,
+        weights: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Digest: _TypeAlias = Digest  # noqa: Y015
+
+@_typing.final
+class Total(_message.Message):
+    """Not done in order: it is for the reduction that waits for it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    index: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        index: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "index", b"index", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Total: _TypeAlias = Total  # noqa: Y015
+
+@_typing.final
 class Stop(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -493,6 +659,11 @@ class Request(_message.Message):
     COPY_STATE_FIELD_NUMBER: _builtins.int
     FUSE_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    JOIN_FIELD_NUMBER: _builtins.int
+    LEAVE_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     @_builtins.property
     def setup(self) -> Global___Setup: ...
@@ -510,6 +681,16 @@ class Request(_message.Message):
     def fuse(self) -> Global___Fuse: ...
     @_builtins.property
     def stop(self) -> Global___Stop: ...
+    @_builtins.property
+    def join(self) -> Global___Join: ...
+    @_builtins.property
+    def leave(self) -> Global___Leave: ...
+    @_builtins.property
+    def probe(self) -> Global___Probe: ...
+    @_builtins.property
+    def digest(self) -> Global___Digest: ...
+    @_builtins.property
+    def total(self) -> Global___Total: ...
     def __init__(
         self,
         *,
@@ -522,12 +703,17 @@ class Request(_message.Message):
         copy_state: Global___CopyState | None = ...,
         fuse: Global___Fuse | None = ...,
         stop: Global___Stop | None = ...,
+        join: Global___Join | None = ...,
+        leave: Global___Leave | None = ...,
+        probe: Global___Probe | None = ...,
+        digest: Global___Digest | None = ...,
+        total: Global___Total | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "copy_state", b"copy_state", "evaluate", b"evaluate", "fuse", b"fuse", "generate", b"generate", "restore", b"restore", "setup", b"setup", "stop", b"stop", "train_step", b"train_step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "copy_state", b"copy_state", "digest", b"digest", "evaluate", b"evaluate", "fuse", b"fuse", "generate", b"generate", "join", b"join", "leave", b"leave", "probe", b"probe", "restore", b"restore", "setup", b"setup", "stop", b"stop", "total", b"total", "train_step", b"train_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "copy_state", b"copy_state", "evaluate", b"evaluate", "fuse", b"fuse", "generate", b"generate", "generation", b"generation", "restore", b"restore", "setup", b"setup", "stop", b"stop", "train_step", b"train_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "copy_state", b"copy_state", "digest", b"digest", "evaluate", b"evaluate", "fuse", b"fuse", "generate", b"generate", "generation", b"generation", "join", b"join", "leave", b"leave", "probe", b"probe", "restore", b"restore", "setup", b"setup", "stop", b"stop", "total", b"total", "train_step", b"train_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["setup", "restore", "train_step", "evaluate", "generate", "copy_state", "fuse", "stop"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["setup", "restore", "train_step", "evaluate", "generate", "copy_state", "fuse", "stop", "join", "leave", "probe", "digest", "total"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -682,6 +868,163 @@ class StepDone(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepDone: _TypeAlias = StepDone  # noqa: Y015
+
+@_typing.final
+class Joined(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    size: _builtins.int
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        size: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "seconds", b"seconds", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Joined: _TypeAlias = Joined  # noqa: Y015
+
+@_typing.final
+class RingFailed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RingFailed: _TypeAlias = RingFailed  # noqa: Y015
+
+@_typing.final
+class Synchronised(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    difference: _builtins.float
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        difference: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Synchronised: _TypeAlias = Synchronised  # noqa: Y015
+
+@_typing.final
+class Addend(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    index: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        index: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "index", b"index", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Addend: _TypeAlias = Addend  # noqa: Y015
+
+@_typing.final
+class Probed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    positions: _builtins.int
+    peak_memory_bytes: _builtins.int
+    @_builtins.property
+    def seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        seconds: _abc.Iterable[_builtins.float] | None = ...,
+        positions: _builtins.int = ...,
+        peak_memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peak_memory_bytes", b"peak_memory_bytes", "positions", b"positions", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Probed: _TypeAlias = Probed  # noqa: Y015
+
+@_typing.final
+class Digested(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    sha256: _builtins.str
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Digested: _TypeAlias = Digested  # noqa: Y015
+
+@_typing.final
+class Leaving(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leaving: _TypeAlias = Leaving  # noqa: Y015
 
 @_typing.final
 class EvalDone(_message.Message):
@@ -907,6 +1250,13 @@ class Event(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    RING_FAILED_FIELD_NUMBER: _builtins.int
+    SYNCHRONISED_FIELD_NUMBER: _builtins.int
+    PROBED_FIELD_NUMBER: _builtins.int
+    DIGESTED_FIELD_NUMBER: _builtins.int
+    ADDEND_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     @_builtins.property
     def ready(self) -> Global___Ready: ...
@@ -934,6 +1284,20 @@ class Event(_message.Message):
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
     def failed(self) -> Global___Failed: ...
+    @_builtins.property
+    def joined(self) -> Global___Joined: ...
+    @_builtins.property
+    def ring_failed(self) -> Global___RingFailed: ...
+    @_builtins.property
+    def synchronised(self) -> Global___Synchronised: ...
+    @_builtins.property
+    def probed(self) -> Global___Probed: ...
+    @_builtins.property
+    def digested(self) -> Global___Digested: ...
+    @_builtins.property
+    def addend(self) -> Global___Addend: ...
+    @_builtins.property
+    def leaving(self) -> Global___Leaving: ...
     def __init__(
         self,
         *,
@@ -951,12 +1315,19 @@ class Event(_message.Message):
         progress: Global___Progress | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         failed: Global___Failed | None = ...,
+        joined: Global___Joined | None = ...,
+        ring_failed: Global___RingFailed | None = ...,
+        synchronised: Global___Synchronised | None = ...,
+        probed: Global___Probed | None = ...,
+        digested: Global___Digested | None = ...,
+        addend: Global___Addend | None = ...,
+        leaving: Global___Leaving | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "compute_started", b"compute_started", "copied", b"copied", "copy_failed", b"copy_failed", "eval_done", b"eval_done", "failed", b"failed", "fused", b"fused", "heartbeat", b"heartbeat", "progress", b"progress", "ready", b"ready", "reduce_entered", b"reduce_entered", "restored", b"restored", "step_done", b"step_done", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["addend", b"addend", "body", b"body", "compute_started", b"compute_started", "copied", b"copied", "copy_failed", b"copy_failed", "digested", b"digested", "eval_done", b"eval_done", "failed", b"failed", "fused", b"fused", "heartbeat", b"heartbeat", "joined", b"joined", "leaving", b"leaving", "probed", b"probed", "progress", b"progress", "ready", b"ready", "reduce_entered", b"reduce_entered", "restored", b"restored", "ring_failed", b"ring_failed", "step_done", b"step_done", "synchronised", b"synchronised", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "compute_started", b"compute_started", "copied", b"copied", "copy_failed", b"copy_failed", "eval_done", b"eval_done", "failed", b"failed", "fused", b"fused", "generation", b"generation", "heartbeat", b"heartbeat", "progress", b"progress", "ready", b"ready", "reduce_entered", b"reduce_entered", "restored", b"restored", "step_done", b"step_done", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addend", b"addend", "body", b"body", "compute_started", b"compute_started", "copied", b"copied", "copy_failed", b"copy_failed", "digested", b"digested", "eval_done", b"eval_done", "failed", b"failed", "fused", b"fused", "generation", b"generation", "heartbeat", b"heartbeat", "joined", b"joined", "leaving", b"leaving", "probed", b"probed", "progress", b"progress", "ready", b"ready", "reduce_entered", b"reduce_entered", "restored", b"restored", "ring_failed", b"ring_failed", "step_done", b"step_done", "synchronised", b"synchronised", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ready", "restored", "compute_started", "reduce_entered", "step_done", "eval_done", "tokens_generated", "copied", "copy_failed", "fused", "progress", "heartbeat", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ready", "restored", "compute_started", "reduce_entered", "step_done", "eval_done", "tokens_generated", "copied", "copy_failed", "fused", "progress", "heartbeat", "failed", "joined", "ring_failed", "synchronised", "probed", "digested", "addend", "leaving"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.stream import (
+    FAILED,
     Advanced,
+    FleetFormed,
+    FleetMember,
     Noted,
     RunEvent,
     RunFinished,
@@ -61,6 +64,36 @@ def step_metrics(step: int, total: int = 100, seed: int = 0, **changes: Any) -> 
         "padded_tokens": 2000,
     }
     return {**values, **changes}
+
+
+FLEET = FleetFormed(
+    (FleetMember("Studio", "Apple M2 Max", 64 << 30, 6), FleetMember("Air", "Apple M1", 16 << 30, 2)),
+    8,
+    (
+        "2 machines: about 1.3 times Studio alone",
+        "Studio 6/8 of the rows, computes 0.80 s",
+        "Air 2/8 of the rows, computes 0.81 s",
+        "Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)",
+        "Mini is left out: a step would take 1.40 s with it and 0.90 s without",
+    ),
+)
+
+
+def fleet_metrics(step: int, names: tuple[str, ...] = ("Studio", "Air"), **changes: Any) -> dict[str, Any]:
+    """A step of several machines: the first has three quarters of the rows, the last is the slowest."""
+    last = len(names) - 1
+    per_node = {
+        name: {
+            "rows": 6 if index == 0 else 2,
+            "positions": 1500 if index == 0 else 500,
+            "compute_seconds": 1.0 if index == last else 0.75,
+            "wait_seconds": 0.1 if index == last else 0.35,
+            "peak_memory_bytes": (48 if index == 0 else 15) << 30,
+        }
+        for index, name in enumerate(names)
+    }
+    parts = {"seconds": 1.15, "compute_seconds": 1.0, "wait_seconds": 0.1, "nodes": len(names), "per_node": per_node}
+    return step_metrics(step, **{**parts, **changes})
 
 
 def validation_metrics(step: int, total: int = 100, **changes: Any) -> dict[str, Any]:
@@ -125,3 +158,13 @@ def write_run(folder: Path, total: int = 400, evaluate: int = 40) -> None:
         "lora_parameters:\n  rank: 8\n  scale: 2.0\n"
         "  dropout: 0.0\n  keys: null\nlr_schedule: null\nseed: 0\n"
     )
+
+
+def failing_run(why: str) -> list[RunEvent]:
+    """The end of a run that fails, as ``job`` tells it."""
+    summary = ((FAILED, why), ("saved", "checkpoint of step 40 in adapters"))
+    return [
+        Noted("worker_lost", "Air is silent", "warning"),
+        Noted(FAILED, why, "error"),
+        RunFinished("failed", summary, (("go on", "coordinator train --resume --adapter-path adapters"),)),
+    ]

@@ -6,10 +6,19 @@ import math
 
 import pytest
 
-from coordinator.stream import Advanced, Noted, RunEvent, RunFinished, Sampled, StepFinished, Validated
+from coordinator.stream import STOPPED, Advanced, Noted, RunEvent, RunFinished, Sampled, StepFinished, Validated
 from coordinator.view.format import duration_text, loss_text, one_line, size_text
 from coordinator.view.plain import JsonView, PlainView
-from tests.coordinator.view.synthetic import FACTS, started, step_metrics, validation_metrics, whole_run
+from tests.coordinator.view.synthetic import (
+    FACTS,
+    FLEET,
+    failing_run,
+    fleet_metrics,
+    started,
+    step_metrics,
+    validation_metrics,
+    whole_run,
+)
 
 
 def lines(*events: RunEvent, quiet: bool = False) -> list[str]:
@@ -42,6 +51,28 @@ def test_a_step_line_says_all_that_counts() -> None:
     assert found == "step 10/12  loss 2.314  val 2.500  1,234 tok/s  lr 1.00e-05  peak 1.5 GB  6.2 s left"
 
 
+def test_a_fleet_reads_as_lines_and_steps_say_how_many_nodes() -> None:
+    found = lines(FLEET, started(12), StepFinished(fleet_metrics(1), report=True))
+    assert found[0] == "fleet: 2 machines: about 1.3 times Studio alone"
+    assert found[4].startswith("  Mini is left out: ")
+    assert "  2 nodes  peak" in found[-1]
+    assert "  Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)" in found
+    assert "nodes" not in lines(started(12), StepFinished(step_metrics(1), report=True))[-1]
+    assert lines(FLEET, quiet=True) == []
+
+
+def test_json_tells_of_the_fleet_and_of_each_node() -> None:
+    stream = io.StringIO()
+    view = JsonView(stream)
+    view.handle(FLEET)
+    view.handle(StepFinished(fleet_metrics(1), report=False))
+    formed, step = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert formed["event"] == "fleet"
+    assert formed["members"][1] == {"name": "Air", "chip": "Apple M1", "memory_bytes": 16 << 30, "rows": 2}
+    assert step["nodes"] == 2
+    assert step["per_node"]["Air"]["wait_seconds"] == 0.1
+
+
 def test_steps_that_no_report_was_asked_for_are_silent() -> None:
     assert len(lines(StepFinished(step_metrics(1), report=False))) == 0
 
@@ -72,6 +103,10 @@ def test_long_tasks_get_a_line_now_and_then() -> None:
         now = done / 10
         view.handle(Advanced("tokenising train", done * 100, 10_000))
     assert stream.getvalue().splitlines() == ["tokenising train: 5,000 of 10,000"]
+    for done, total in ((0, 0), (7, 0), (0, 2)):
+        now += 10
+        view.handle(Advanced("measuring", done, total))
+    assert stream.getvalue().splitlines()[1:] == ["measuring", "measuring: 7", "measuring: 0 of 2"]
 
 
 def test_foreign_text_cannot_command_the_terminal() -> None:
@@ -104,6 +139,34 @@ def test_every_ending_is_said(status: str) -> None:
     text = lines(RunFinished(status, (("adapter", "a"),), (("go on", "coordinator train --resume"),)))
     assert len(text) == 4
     assert text[3] == "  coordinator train --resume"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_why_it_failed_is_left_to_the_error_that_ends_the_program(quiet: bool) -> None:
+    assert lines(*failing_run("Air is gone"), quiet=quiet) == [
+        "warning: Air is silent",
+        "failed: 0 steps",
+        "  saved  checkpoint of step 40 in adapters",
+        "go on:",
+        "  coordinator train --resume --adapter-path adapters",
+    ]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_where_it_was_stopped_is_left_to_the_last_line_of_the_program(quiet: bool) -> None:
+    line = "stopped at step 40 of 100; everything is saved"
+    end = RunFinished("interrupted", ((STOPPED, line),), (("go on", "coordinator train --resume"),))
+    assert not any(line in shown for shown in lines(end, quiet=quiet))
+
+
+def test_programs_are_told_why_it_failed() -> None:
+    stream = io.StringIO()
+    view = JsonView(stream)
+    for event in failing_run("Air is gone"):
+        view.handle(event)
+    _, note, finished = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (note["kind"], note["message"], note["level"]) == ("failed", "Air is gone", "error")
+    assert finished["summary"][0] == ["failed", "Air is gone"]
 
 
 def test_json_has_an_object_per_event() -> None:

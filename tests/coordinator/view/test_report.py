@@ -19,7 +19,7 @@ from coordinator.view.figures import charts_of, tiles_of
 from coordinator.view.records import read_run
 from coordinator.view.report import script_data, write_report
 from coordinator.view.scales import fitting, linear, logarithmic, whole
-from tests.coordinator.view.synthetic import FACTS, step_metrics, write_run
+from tests.coordinator.view.synthetic import FACTS, fleet_metrics, step_metrics, write_run
 
 HOSTILE = "</script></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u2028"
 VOID_TAGS = {"meta", "link", "br", "img"}
@@ -86,6 +86,40 @@ def test_a_report_shows_the_run(folder: Path) -> None:
     ):
         assert part in page.text, part
     assert [chart["key"] for chart in page.data()] == ids
+
+
+def test_a_fleet_has_its_machines_shares_and_the_parts_of_a_step(tmp_path: Path) -> None:
+    names = ("Studio", "<Air>")
+    rows = [fleet_metrics(step, names) if step > 10 else step_metrics(step) for step in range(1, 41)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report(tmp_path)
+    page = Page(text)
+    ids = [attributes["id"] for tag, attributes in page.tags if tag == "figure"]
+    assert ids == ["loss", "rate", "norm", "speed", "seconds", "shares", "memory"]
+    charts = {chart.key: chart for chart in charts_of(read_run(tmp_path))}
+    last = {curve.label: curve.points[-1][1] for curve in charts["seconds"].curves}
+    assert last == pytest.approx({"compute": 0.875, "waiting for the slowest": 0.125, "network": 0.1, "other": 0.05})
+    assert {c.label: c.points[0] for c in charts["shares"].curves} == {"Studio": (11, 75.0), "<Air>": (11, 25.0)}
+    for part in ("Machines", "75 %", "2,000", "48.0 GB", "<Air>"):
+        assert part in page.text, part
+    assert "<Air>" not in text.partition("</main>")[0]
+
+
+def test_of_many_machines_the_report_draws_the_largest_shares(tmp_path: Path) -> None:
+    names = tuple(f"node {index}" for index in range(64))
+    rows = [fleet_metrics(step, names) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares = next(chart for chart in charts_of(read_run(tmp_path)) if chart.key == "shares")
+    assert [curve.label for curve in shares.curves][-1] == "59 others"
+    assert len(shares.curves) == 6
+    assert sum(curve.points[0][1] for curve in shares.curves) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("per_node", [7, [], {"a": 3}, {"a": {"rows": "x", "compute_seconds": None}}])
+def test_damaged_figures_of_machines_are_survived(tmp_path: Path, per_node: object) -> None:
+    rows = [step_metrics(step, per_node=per_node) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Training report" in report(tmp_path)
 
 
 def test_a_report_needs_nothing_but_itself(folder: Path) -> None:

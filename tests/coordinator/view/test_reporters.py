@@ -159,6 +159,19 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     assert scalars["test_loss"] == {100: 1.5}
 
 
+def test_steps_that_were_recovered_by_resuming_are_told_too(stand_in: StandIn, tmp_path: Path) -> None:
+    history = tuple(step_metrics(step) for step in range(1, 25))
+    recovered = tuple(StepFinished(step_metrics(step), report=step % 10 == 0) for step in range(15, 25))
+    (reporter,) = make_reporters("wandb", None, tmp_path, {})
+    reporter.handle(started(first_step=25, history=history, recovered=recovered))
+    for step in range(25, 31):
+        reporter.handle(StepFinished(step_metrics(step), report=step % 10 == 0))
+    reporter.close()
+    assert [step for step, _ in stand_in.logged()] == [20, 30]
+    tokens = sum(step_metrics(step)["tokens"] for step in range(1, 31))
+    assert stand_in.logged()[-1][1]["trained_tokens"] == tokens, "each step once"
+
+
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:
     for first, history, loss in ((1, (), 9.0), (21, tuple(step_metrics(s) for s in range(1, 21)), 1.0)):
         (reporter,) = make_reporters("tensorboard", None, tmp_path, {})

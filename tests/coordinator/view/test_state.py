@@ -7,7 +7,7 @@ import pytest
 from coordinator.stream import Advanced, Noted, StepFinished, Validated
 from coordinator.view.series import Series
 from coordinator.view.state import RunState
-from tests.coordinator.view.synthetic import started, step_metrics, validation_metrics, whole_run
+from tests.coordinator.view.synthetic import FLEET, fleet_metrics, started, step_metrics, validation_metrics, whole_run
 
 
 def fed(*events: object) -> RunState:
@@ -30,6 +30,11 @@ def test_a_whole_run_is_folded_into_its_figures() -> None:
     assert state.test is not None
     assert state.tasks == {}
     assert state.warning_count == 1
+
+
+def test_what_came_before_the_plan_is_over_with_it() -> None:
+    assert fed(Advanced("measuring the machines", 0, 0)).tasks
+    assert fed(Advanced("measuring the machines", 0, 0), FLEET).tasks == {}
 
 
 def test_the_reported_loss_is_the_mean_over_tokens_since_the_last_report() -> None:
@@ -144,3 +149,30 @@ def test_a_series_leaves_out_what_is_not_finite() -> None:
     for value in (1.0, math.nan, math.inf, 2.0):
         series.append(len(series.buckets), value)
     assert (series.missing, [b.mean for b in series.buckets]) == (2, [1.0, 2.0])
+
+
+def test_a_fleet_is_followed_member_by_member() -> None:
+    state = fed(FLEET, started(), *(StepFinished(fleet_metrics(s), report=False) for s in range(1, 40)))
+    studio, air = state.members.by_name.values()
+    assert (state.members.share(studio), state.members.share(air)) == (0.75, 0.25)
+    assert (studio.tokens_per_second, air.tokens_per_second) == (2000.0, 500.0)
+    assert state.members.slowest is air
+    assert len(studio.turns) == 20
+
+
+def test_machines_that_a_step_no_longer_names_are_gone() -> None:
+    three = StepFinished(fleet_metrics(1, ("a", "b", "c")), report=False)
+    state = fed(started(), three, StepFinished(fleet_metrics(2, ("c", "a")), report=False))
+    assert list(state.members.by_name) == ["c", "a"]
+    assert [len(member.turns) for member in state.members.by_name.values()] == [2, 2]
+    state.apply(step(3))
+    assert len(state.members) == 0
+
+
+def test_a_member_without_rows_and_broken_figures_are_survived() -> None:
+    idle = {"rows": 0, "positions": 0, "compute_seconds": 0.0, "wait_seconds": 1.0, "peak_memory_bytes": None}
+    state = fed(started(), step(1, per_node={"a": idle, "b": "broken"}))
+    member = state.members.by_name["a"]
+    assert member.tokens_per_second is None
+    assert state.members.doing(member) == "has no rows"
+    assert state.members.share(member) == 0.0

@@ -12,11 +12,20 @@ from rich.console import Console
 from coordinator.stream import Advanced, Noted, RunEvent, Sampled, StepFinished, Validated
 from coordinator.view import make_view
 from coordinator.view.blocks import bar, plot
-from coordinator.view.frame import frame, pressure_style
+from coordinator.view.frame import frame
 from coordinator.view.plain import JsonView, PlainView
+from coordinator.view.pressure import pressure_style
 from coordinator.view.state import RunState
 from coordinator.view.terminal import TerminalView
-from tests.coordinator.view.synthetic import started, step_metrics, validation_metrics, whole_run
+from tests.coordinator.view.synthetic import (
+    FLEET,
+    failing_run,
+    fleet_metrics,
+    started,
+    step_metrics,
+    validation_metrics,
+    whole_run,
+)
 
 GIB = 1 << 30
 
@@ -91,6 +100,37 @@ def test_no_validation_and_unknown_memory_read_as_missing() -> None:
     assert "11.5 GB peak" in "\n".join(lines(*during(57), memory=0))
 
 
+def test_each_machine_of_a_fleet_has_a_row() -> None:
+    events: list[RunEvent] = [FLEET, started()]
+    events += [StepFinished(fleet_metrics(step), report=True) for step in range(1, 30)]
+    found = lines(*events)
+    rows = [line.split("  ") for line in found if line.startswith(("node ", "Studio", "Air"))]
+    assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
+        ["node", "share", "tokens/s", "compute", "wait", "memory"],
+        ["Studio", "75 %", "2,000", "0.8 s", "0.3 s", "48.0 GB", "trains"],
+        ["Air", "25 %", "500", "1.0 s", "0.1 s", "15.0 GB", "slowest"],
+    ]
+    assert "memory     11.4 GB peak" in "\n".join(found), "a part of this machine's memory would mislead"
+    assert not any("left out" in line for line in found), "the plan makes room for what happens"
+
+
+def test_the_plan_is_shown_until_the_first_step() -> None:
+    found = lines(FLEET, started())
+    assert "Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)" in found
+
+
+@pytest.mark.parametrize("width", [10, 36, 46, 60, 80, 120])
+@pytest.mark.parametrize("height", [5, 24, 60])
+def test_a_large_fleet_takes_a_third_of_the_screen(width: int, height: int) -> None:
+    names = tuple(f"機械 number {index}" for index in range(64))
+    found = lines(started(), StepFinished(fleet_metrics(1, names), report=True), width=width, height=height)
+    assert max(cell_len(line) for line in found) <= width
+    assert len(found) <= height
+    if height >= 24:
+        assert sum(line.startswith("機械") for line in found) == height // 3 - 1
+        assert any(line.startswith(f"and {64 - (height // 3 - 1)}") for line in found)
+
+
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf, 0.0, -1.0, 1e30])
 def test_any_loss_can_be_drawn(loss: float | None) -> None:
     events = [StepFinished(step_metrics(s, loss=loss), report=True) for s in range(1, 20)]
@@ -145,6 +185,19 @@ def test_the_summary_stays_and_commands_stay_on_one_line() -> None:
     assert "worker ended by signal 9" in text[text.index("step 100/100") :]
     command = "coordinator generate --model mlx-community/Mistral-7B-v0.3-4bit --adapter-path adapters -p Hi"
     assert f"  {command}\n" in text
+
+
+def test_why_it_failed_is_left_to_the_error_that_ends_the_program() -> None:
+    console = recorded()
+    view = TerminalView(console, live=False)
+    for event in (*during(30), *failing_run("Air is gone")):
+        view.handle(event)
+    view.close()
+    text = console.export_text()
+    assert "Air is gone" not in text
+    assert "Air is silent" in text
+    assert "Failed: 30 steps" in text
+    assert "checkpoint of step 40 in adapters" in text
 
 
 def test_an_interrupted_run_gives_the_terminal_back() -> None:

@@ -69,9 +69,9 @@ def test_quantized_base_stays_quantized(tmp_path: Path, family: str, kind: str) 
     model, *_ = load(str(folder))
     assert json.loads((folder / "config.json").read_text())["quantization"]["bits"] == 8
     assert "model.layers.0.self_attn.q_proj.scales" in dict(tree_flatten(model.parameters()))
-    # The mean: where two experts tie, rounding may choose the other one for a token.
-    assert np.abs(logits(model) - expected).mean() < 0.05
-    assert np.abs(logits(load_model(base)[0]) - expected).mean() > 0.2
+    # The median token: where two experts tie, rounding may choose the other one for some.
+    assert np.median(np.abs(logits(model) - expected).mean(axis=-1)) < 0.05
+    assert np.median(np.abs(logits(load_model(base)[0]) - expected).mean(axis=-1)) > 0.2
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])

@@ -3,13 +3,14 @@ from __future__ import annotations
 import queue
 import socket
 import threading
+import time
 
 import pytest
 
 from node import wire
 from node.channel import BlockingChannel
 from node.events import Event, Heartbeat, Restored
-from node.spec import CopyState, Request, Stop
+from node.spec import CopyState, Request, Stop, Total
 from node.worker.inbox import Inbox
 
 
@@ -90,3 +91,47 @@ def test_events_carry_the_generation_of_the_request_that_has_begun(line: Line) -
     inbox.next()
     assert sent(Restored(8)) == 5
     assert sent(Restored(7), 3) == 3
+
+
+def soon() -> float:
+    return time.monotonic() + 30
+
+
+def test_totals_overtake_requests(line: Line) -> None:
+    inbox = Inbox(line)
+    line.put(1, CopyState(1))
+    assert inbox.next() == CopyState(1)
+    line.put(1, CopyState(2), Total(1, 0, b"abcd"), CopyState(3), Total(1, 1, b"efgh"))
+    assert [inbox.total(soon()), inbox.total(soon())] == [Total(1, 0, b"abcd"), Total(1, 1, b"efgh")]
+    assert [inbox.next(), inbox.next()] == [CopyState(2), CopyState(3)]
+
+
+def test_waiting_for_a_total_has_an_end(line: Line) -> None:
+    inbox = Inbox(line)
+    assert inbox.total(time.monotonic() + 0.01) is None
+    assert not inbox.superseded()
+
+
+def test_a_newer_generation_ends_waiting_for_a_total_and_drops_those_that_came(line: Line) -> None:
+    inbox = Inbox(line)
+    line.put(1, CopyState(1))
+    inbox.next()
+    line.put(1, Total(1, 0, b"abcd"))
+    line.put(2, CopyState(2))
+    line.put(1, Total(1, 1, b"efgh"))  # late
+    line.wait_until_read()
+    assert inbox.total(soon()) is None
+    assert inbox.superseded()
+    assert inbox.next() == CopyState(2)
+    line.put(2, Total(1, 2, b"ijkl"))
+    assert inbox.total(soon()) == Total(1, 2, b"ijkl")
+
+
+def test_a_newer_generation_wakes_who_waits_for_a_total(line: Line) -> None:
+    inbox = Inbox(line)
+    found: list[Total | None] = []
+    waiting = threading.Thread(target=lambda: found.append(inbox.total(soon())), daemon=True)
+    waiting.start()
+    line.put(1, CopyState(1))
+    waiting.join(20)
+    assert found == [None]

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from node.copies import RECORD_SUFFIX, newest_copy
 from node.errors import UserError
 from node.events import Copied, CopyFailed, Event
 from node.files import sha256_of
@@ -39,7 +40,8 @@ def test_a_copy_is_two_files_that_load_again(tmp_path: Path, copied: tuple[Copie
     [event] = events
     assert isinstance(event, Copied)
     assert (event.step, event.requested) == (3, True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([event.weights.name, event.optimizer.name])
+    record = f"0000003-checkpoint{RECORD_SUFFIX}"
+    assert {path.name for path in tmp_path.iterdir()} == {event.weights.name, event.optimizer.name, record}
     for ref in (event.weights, event.optimizer):
         path = tmp_path / ref.name
         assert (path.stat().st_size, sha256_of(path)) == (ref.size, ref.sha256)
@@ -49,6 +51,29 @@ def test_a_copy_is_two_files_that_load_again(tmp_path: Path, copied: tuple[Copie
         assert set(ours) == set(theirs)
         assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
         assert [ours[name].dtype for name in ours] == [theirs[name].dtype for name in ours]
+
+
+def test_a_copy_says_what_it_is_to_whoever_finds_it(tmp_path: Path, copied: tuple[Copier, list[Event]]) -> None:
+    copier, events = copied
+    copier.copy(state(3), requested=False, steps=(b"two", b"three"))
+    copier.copy(state(4), requested=True, steps=(b"three", b"four"))
+    copier.wait()
+    third, fourth = events
+    assert isinstance(third, Copied)
+    assert isinstance(fourth, Copied)
+    found = newest_copy(tmp_path)
+    assert found is not None
+    assert (found.step, found.steps) == (4, (b"three", b"four"))
+    assert [(file.name, file.sha256, file.size) for file in found.files] == [
+        (ref.name, ref.sha256, ref.size) for ref in (fourth.weights, fourth.optimizer)
+    ]
+    # As when a checkpoint has been made of it: without both of its files it is none.
+    (tmp_path / fourth.weights.name).unlink()
+    found = newest_copy(tmp_path)
+    assert found is not None
+    assert (found.step, found.steps, found.weights.name) == (3, (b"two", b"three"), third.weights.name)
+    (tmp_path / third.optimizer.name).write_bytes(b"cut short")
+    assert newest_copy(tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut short", "gone"])
@@ -159,4 +184,5 @@ def test_whatever_goes_wrong_the_copier_goes_on(tmp_path: Path) -> None:
     assert isinstance(copied, Copied)
     assert generation == 6
     # Nothing is left of the copies that failed in their second half.
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([copied.weights.name, copied.optimizer.name])
+    record = f"0000005-checkpoint{RECORD_SUFFIX}"
+    assert {path.name for path in tmp_path.iterdir()} == {copied.weights.name, copied.optimizer.name, record}

@@ -1,0 +1,133 @@
+"""Adding up by ``mlx.distributed``: numbers go through shared memory to a reducer process that owns the group.
+
+It can be killed when the group hangs, and the model's process goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from node.logs import bound_log
+from node.reducer import shared
+from node.spec import RingSpec
+from node.worker.adder import NEWER_GENERATION, Floats, Limit, ReductionFailed
+
+KILLED_SECONDS = 5.0
+OWN_TIMER_SECONDS = 1.0
+"""The reducer ends itself when the group does not form in time, with no word; we wait so much longer."""
+
+
+class Interrupt:
+    """Tells a waiting reduction that a newer generation was heard of.
+
+    Args:
+        bell: a descriptor that becomes readable then, and now and then for nothing.
+        rung: whether it is so; empties the bell.
+    """
+
+    def __init__(self, bell: int, rung: Callable[[], bool]) -> None:
+        self.bell = bell
+        self.rung = rung
+
+
+def _opened(log: Path) -> BinaryIO:
+    """A log to write to; where its disk is too full even for a name, nowhere."""
+    try:
+        return log.open("ab")
+    except OSError:
+        return open(os.devnull, "ab")
+
+
+class ReducerAdder:
+    """A reducer process of this worker; see ``Adder``.
+
+    Args:
+        count: most numbers that are added up at once.
+        interrupt: ends any wait.
+        log: takes what the process writes.
+    """
+
+    def __init__(self, count: int, interrupt: Interrupt, log: Path) -> None:
+        size = 4 * count
+        memory = shared.create(size)
+        self._connection, theirs = socket.socketpair()
+        bound_log(log)
+        with theirs, _opened(log) as output:
+            arguments = ["--fd", str(theirs.fileno()), "--memory", str(memory), "--bytes", str(size)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "node.reducer", *arguments],
+                pass_fds=[theirs.fileno(), memory],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self.numbers: Floats = np.frombuffer(shared.attach(memory, size), np.float32)
+        self._interrupt = interrupt
+        self._pending = b""
+
+    def form(self, spec: RingSpec, layout: int) -> None:
+        """See ``Adder``."""
+        limit = Limit.of_forming(spec)
+        command = {"form": dataclasses.asdict(spec), "layout": layout}
+        self._ask(command, "formed", dataclasses.replace(limit, until=limit.until + OWN_TIMER_SECONDS))
+
+    def add(self, count: int, step: int, limit: Limit) -> None:
+        """See ``Adder``."""
+        del step
+        self._ask({"sum": count}, "summed", limit)
+
+    def kill(self) -> None:
+        """See ``Adder``."""
+        self.kill_process()
+        self._connection.close()
+        self._process.wait(KILLED_SECONDS)
+
+    def kill_process(self) -> None:
+        """See ``Adder``."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
+
+    def _ask(self, command: dict[str, object], answer: str, limit: Limit) -> None:
+        try:
+            self._connection.sendall(json.dumps(command).encode() + b"\n")
+        except OSError as error:
+            raise ReductionFailed("the reducer is gone") from error
+        said = json.loads(self._line(limit))
+        if answer not in said:
+            raise ReductionFailed(str(said.get("error", "the reducer gave no answer")))
+
+    def _line(self, limit: Limit) -> bytes:
+        while b"\n" not in self._pending:
+            left = limit.left
+            watched: list[Any] = [self._connection, self._interrupt.bell]
+            ready, _, _ = select.select(watched, [], [], left)
+            if self._interrupt.bell in ready and self._interrupt.rung():
+                raise ReductionFailed(NEWER_GENERATION)
+            if self._connection in ready:
+                try:
+                    data = self._connection.recv(4096)
+                except ConnectionError:
+                    data = b""
+                if not data:
+                    late = time.monotonic() >= limit.until - OWN_TIMER_SECONDS
+                    raise ReductionFailed(limit.late if late else "the reducer ended")
+                self._pending += data
+            elif not ready and not left:
+                raise ReductionFailed(limit.late)
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line

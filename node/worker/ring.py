@@ -1,0 +1,237 @@
+"""The reduction over several ranks: the numbers of a step, packed for whatever adds them up over the group.
+
+What is added up is fp32, in buckets of at most 256 MB, in the order of the gradients' names: ``[loss, tokens (two
+numbers), digests of the ranks' states, gradients …]``. The worker waits with a deadline, and gives up at once when a
+newer generation is heard of; the group is then left, and nothing of the step has been applied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from node.events import Event, Synchronised
+from node.spec import RingSpec, Share
+from node.worker.adder import Adder, Floats, Limit, ReductionFailed
+from node.worker.trainer import Arrays, Published, Trainer
+
+BUCKET_FLOATS = 64 << 20
+# Counts go as two numbers below this and their multiples: fp32 holds whole numbers up to 2**24 exactly.
+COUNT_BASE = 4096
+DIGEST_WORDS = 3
+DIGEST_WORD_BYTES = 3
+LOSS_AND_COUNT = 3
+
+
+class Ring:
+    """A group that this worker is a rank of; see ``trainer.Reduction``. Made by ``join``."""
+
+    def __init__(self, spec: RingSpec, adder: Adder, trainer: Trainer, emit: Callable[[Event], None]) -> None:
+        self._spec = spec
+        self._adder = adder
+        self._trainer = trainer
+        self._emit = emit
+        self._share = Share(0, ())
+
+    @classmethod
+    def join(
+        cls,
+        spec: RingSpec,
+        trainer: Trainer,
+        make_adder: Callable[[int], Adder],
+        emit: Callable[[Event], None],
+        started: Callable[[Ring], None],
+    ) -> Ring:
+        """Form the group.
+
+        Args:
+            spec: this rank's view of it.
+            trainer: whose gradients and state are reduced.
+            make_adder: what adds up at most so many numbers at once.
+            emit: takes ``Synchronised``.
+            started: told of the ring before it has formed, to kill it from elsewhere.
+
+        Raises:
+            ReductionFailed: the group did not form.
+        """
+        state = trainer.published()
+        most = sum(array.size for array in state.parameters.values())
+        adder = make_adder(min(BUCKET_FLOATS, most + LOSS_AND_COUNT + DIGEST_WORDS * spec.size))
+        ring = cls(spec, adder, trainer, emit)
+        started(ring)
+        try:
+            adder.form(spec, _layout(state))
+        except ReductionFailed:
+            ring.kill()
+            raise
+        return ring
+
+    def prepare(self, share: Share) -> None:
+        """Say of which step the next reduction is."""
+        self._share = share
+
+    def __call__(self, gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+        """See ``trainer.Reduction``; gradients come back as fp32.
+
+        Raises:
+            ReductionFailed: there is no sum.
+        """
+        limit = Limit.of(self._share.wait_seconds or self._spec.wait_seconds)
+        spec, size = self._spec, self._spec.size
+        head = np.zeros(LOSS_AND_COUNT + (DIGEST_WORDS * size if self._share.check else 0), np.float32)
+        head[:LOSS_AND_COUNT] = (loss.item(), tokens // COUNT_BASE, tokens % COUNT_BASE)
+        if self._share.check:
+            first = LOSS_AND_COUNT + DIGEST_WORDS * spec.rank
+            head[first : first + DIGEST_WORDS] = _words(_state_digest(self._trainer.published()))
+        shapes = {name: gradient.shape for name, gradient in gradients.items()}
+        sums = _Reader(self._sum(_numbers(head, gradients), limit))
+        head = sums.take(len(head)).copy()
+        summed: Arrays = {}
+        for name, shape in shapes.items():
+            summed[name] = mx.array(sums.take(int(np.prod(shape, dtype=np.int64)))).reshape(shape)
+        if self._share.check:
+            digests = head[LOSS_AND_COUNT:].reshape(size, DIGEST_WORDS)
+            if (digests != digests[0]).any():
+                self._synchronise(differs=bool((digests[spec.rank] != digests[0]).any()))
+        return summed, float(head[0]), int(head[1]) * COUNT_BASE + int(head[2])
+
+    def kill(self) -> None:
+        """Leave the group at once, and end what was begun for it. May be called twice."""
+        self._adder.kill()
+
+    def kill_process(self) -> None:
+        """See ``Adder``."""
+        self._adder.kill_process()
+
+    def _sum(self, numbers: Iterator[Floats], limit: Limit) -> Iterator[Floats]:
+        """Sums over all ranks, bucket after bucket, of the numbers that are given in pieces.
+
+        Each is good until the next one is asked for: it lies where the adder has them.
+        """
+        bucket, filled = self._adder.numbers, 0
+        for piece in numbers:
+            done = 0
+            while done < len(piece):
+                count = min(len(piece) - done, len(bucket) - filled)
+                bucket[filled : filled + count] = piece[done : done + count]
+                done, filled = done + count, filled + count
+                if filled == len(bucket):
+                    self._adder.add(filled, self._share.step, limit)
+                    yield bucket
+                    filled = 0
+        if filled:
+            self._adder.add(filled, self._share.step, limit)
+            yield bucket[:filled]
+
+    def _synchronise(self, *, differs: bool) -> None:
+        """All ranks take rank 0's state; who had another one says so."""
+        mine = self._trainer.published()
+        zeros = self._spec.rank != 0
+        groups = (dict(sorted(mine.parameters.items())), dict(sorted(mine.moments.items())))
+        arrays = [array for group in groups for array in group.values()]
+        limit = Limit.of(self._spec.wait_seconds)
+        sums = self._sum((_bits(array) * (0 if zeros else 1) for array in arrays), limit)
+        if not differs:
+            for _ in sums:  # what this rank gives is wanted, what comes back it has
+                pass
+            return
+        taken = _Reader(sums)
+        theirs = [_from_bits(taken.take(_bit_count(array)), array) for array in arrays]
+        difference = max((_difference(ours, other) for ours, other in zip(arrays, theirs, strict=True)), default=0.0)
+        names = [list(group) for group in groups]
+        parameters = dict(zip(names[0], theirs, strict=False))
+        moments = dict(zip(names[1], theirs[len(names[0]) :], strict=True))
+        self._trainer.restore(Published(mine.step, parameters, moments))
+        self._emit(Synchronised(self._share.step, difference))
+
+
+class _Reader:
+    """Takes runs of numbers from pieces of any length, each of them good until the next one is asked for."""
+
+    def __init__(self, pieces: Iterator[Floats]) -> None:
+        self._pieces = pieces
+        self._rest = np.zeros(0, np.float32)
+
+    def take(self, count: int) -> Floats:
+        """The next so many numbers: good until more are taken."""
+        if count <= len(self._rest):
+            taken, self._rest = self._rest[:count], self._rest[count:]
+            return taken
+        whole = np.empty(count, np.float32)
+        done = 0
+        while done < count:
+            if not len(self._rest):
+                self._rest = next(self._pieces)
+            part = self._rest[: count - done]
+            whole[done : done + len(part)] = part
+            done, self._rest = done + len(part), self._rest[len(part) :]
+        return whole
+
+
+def digest(parameters: Arrays) -> str:
+    """SHA-256 over names and bytes of arrays, in order of name."""
+    return _hash(parameters).hexdigest()
+
+
+def _hash(*groups: Arrays) -> hashlib._Hash:
+    found = hashlib.sha256()
+    for group in groups:
+        for name in sorted(group):
+            found.update(name.encode() + b"\0")
+            found.update(memoryview(group[name].reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+    return found
+
+
+def _state_digest(state: Published) -> bytes:
+    return _hash(state.parameters, state.moments).digest()
+
+
+def _layout(state: Published) -> int:
+    """A number below 2**24 that stands for the names, shapes and types of a state's arrays."""
+    arrays = [(name, array) for group in (state.parameters, state.moments) for name, array in sorted(group.items())]
+    text = "\n".join(f"{name} {array.shape} {array.dtype}" for name, array in arrays)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:DIGEST_WORD_BYTES], "big")
+
+
+def _words(found: bytes) -> list[float]:
+    """The first bytes of a digest as whole numbers that fp32 holds exactly."""
+    starts = range(0, DIGEST_WORDS * DIGEST_WORD_BYTES, DIGEST_WORD_BYTES)
+    return [float(int.from_bytes(found[start : start + DIGEST_WORD_BYTES], "big")) for start in starts]
+
+
+def _numbers(head: Floats, gradients: Arrays) -> Iterator[Floats]:
+    """What is added up, piece by piece; the mapping is emptied, so that a used gradient's memory is free."""
+    yield head
+    for name in list(gradients):
+        gradient = gradients.pop(name).astype(mx.float32).reshape(-1)
+        mx.eval(gradient)
+        yield np.asarray(gradient)
+
+
+def _bits(array: mx.array) -> Floats:
+    """Any array as fp32 whole numbers below 2**16, two bytes each; an odd last byte stands alone."""
+    data = np.asarray(array.reshape(-1).view(mx.uint8))
+    if len(data) % 2:
+        data = np.append(data, np.uint8(0))
+    return data.view("<u2").astype(np.float32)
+
+
+def _bit_count(array: mx.array) -> int:
+    return (array.nbytes + 1) // 2
+
+
+def _from_bits(numbers: Floats, like: mx.array) -> mx.array:
+    data = numbers.astype("<u2").view(np.uint8)[: like.nbytes]
+    return mx.array(data).view(like.dtype).reshape(like.shape)
+
+
+def _difference(ours: mx.array, theirs: mx.array) -> float:
+    """Relative difference (L2) of two arrays."""
+    one, other = ours.astype(mx.float32), theirs.astype(mx.float32)
+    gap, size = mx.sqrt(mx.square(one - other).sum()).item(), mx.sqrt(mx.square(other).sum()).item()
+    value = float(gap) / max(float(size), 1e-12)  # type: ignore[arg-type]
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,87 @@
+"""What is decided before machines are asked: are there enough of them?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from coordinator import fleet
+from coordinator.config import TrainConfig
+from coordinator.discovery import LeftOut, SeenNode, Selection
+from coordinator.stream import Noted, RunEvent
+from node.errors import TandemError, TooFewNodes
+from tests.fixtures.told import told
+
+
+class Heard:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def handle(self, event: RunEvent) -> None:
+        if isinstance(event, Noted):
+            self.messages.append(event.message)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def seen(name: str, *, own: bool = False) -> SeenNode:
+    info = told(name)
+    return SeenNode(name, info.id, info.home, "10.0.0.1:1", info, "", own=own, label=name)
+
+
+def look(
+    monkeypatch: pytest.MonkeyPatch, nodes: tuple[SeenNode, ...], left_out: tuple[LeftOut, ...] = (), **options: object
+) -> Selection | None:
+    """What comes of looking, when these are there."""
+
+    async def select(wanted: str) -> Selection:
+        return Selection(nodes, left_out, 1.0)
+
+    monkeypatch.setattr(fleet, "select", select)
+    monkeypatch.setattr(fleet, "running_nodes", lambda home: [node for node in nodes if node.own])
+    config = TrainConfig(model="m", **options)  # type: ignore[arg-type]
+    return asyncio.run(fleet._look(config, Heard(), plan_only=False))
+
+
+PAUSED = LeftOut("Air", "paused")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "left_out", "options", "said"),
+    [
+        ((), (), {}, "1 of --min-nodes 9 machines is there (looked 1.0 s): no other was found"),
+        ((seen("Own", own=True),), (), {}, "1 of --min-nodes 9 machines is there (looked 1.0 s): no other was found"),
+        ((seen("Mini"),), (PAUSED,), {}, "2 of --min-nodes 9 machines are there (looked 1.0 s): Air: paused"),
+        ((seen("Mini"),), (), {"local": False}, "1 of --min-nodes 9 machines is there (looked 1.0 s): no other"),
+        ((), (), {"local": False}, "0 of --min-nodes 9 machines are there (looked 1.0 s): no other was found"),
+    ],
+)
+def test_too_few_are_said_before_anything_is_sent(
+    nodes: tuple[SeenNode, ...],
+    left_out: tuple[LeftOut, ...],
+    options: dict[str, object],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(TooFewNodes) as raised:
+        look(monkeypatch, nodes, left_out, min_nodes=9, **options)
+    assert str(raised.value).startswith(said)
+
+
+def test_enough_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look(monkeypatch, (seen("Mini"),), min_nodes=2) is not None
+    assert look(monkeypatch, (seen("Own", own=True), seen("Mini")), min_nodes=2) is not None
+    assert look(monkeypatch, (), min_nodes=1) is None, "this machine alone"
+
+
+def test_a_reason_never_lacks() -> None:
+    async def drop() -> None:
+        wanted = fleet.Wanted(TrainConfig(model="m", min_nodes=9), *[None] * 6)  # type: ignore[arg-type]
+        await fleet.Fleet(wanted, Selection((), (), 1.0), Heard(), asyncio.Event())._drop_problems()
+
+    with pytest.raises(TandemError, match=r"^0 of --min-nodes 9 machines can take part: no other was found$"):
+        asyncio.run(drop())

@@ -1,0 +1,145 @@
+"""Python runs this in every process that has this folder on its path: in a node's worker it makes the faults happen.
+
+``TANDEM_TEST_FAULTS`` is a list of objects: ``do``; ``step``, or ``"at": "fuse"``; and, for those that take time,
+``seconds``. Each happens once in the life of the folder ``TANDEM_TEST_FAULTS_DONE``, however many workers come after
+the first. ``{"at": "model", "do": "bend"}`` changes a byte of a model file that arrives in the node's daemon.
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+FAULTS = json.loads(os.environ.get("TANDEM_TEST_FAULTS", "[]"))
+DONE = os.environ.get("TANDEM_TEST_FAULTS_DONE", "")
+TRAINER, EXPORT, STORE = "node.worker.trainer", "node.worker.export", "node.store"
+
+
+def first_time(number):
+    try:
+        os.close(os.open(os.path.join(DONE, str(number)), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def freeze(pids, seconds):
+    if seconds:
+        names = " ".join(map(str, pids))
+        subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {names}"], start_new_session=True)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def happen(fault):
+    me, daemon = os.getpid(), os.getppid()
+    seconds = fault.get("seconds", 0)
+    match fault["do"]:
+        case "kill worker":
+            os.kill(me, signal.SIGKILL)
+        case "kill daemon":
+            os.kill(daemon, signal.SIGKILL)
+        case "kill host":
+            os.kill(daemon, signal.SIGKILL)
+            os.kill(me, signal.SIGKILL)
+        case "freeze worker":
+            freeze([me], seconds)
+        case "freeze host":
+            freeze([daemon, me], seconds)
+        case "hang":
+            time.sleep(3600)
+        case "hang copies":
+            sys.modules["node.worker.state"].save_arrays = lambda *_: time.sleep(3600)
+        case "memory":
+            raise RuntimeError("[metal::malloc] Attempting to allocate 99999999999 bytes which is greater than allowed")
+        case "leave":
+            os.kill(daemon, signal.SIGINT)
+        case "slow" | "mark":
+            pass
+        case other:
+            raise AssertionError(other)
+
+
+def wrap_export(export):
+    plain = export.fuse
+
+    def fuse(*arguments, **options):
+        written = plain(*arguments, **options)
+        for number, fault in enumerate(FAULTS):
+            if fault.get("at") == "fuse" and first_time(number):
+                happen(fault)
+        return written
+
+    export.fuse = fuse
+
+
+def wrap_trainer(trainer):
+    plain = trainer.Trainer.run
+    accumulate = trainer.Trainer._accumulate
+
+    def run(self, share):
+        for number, fault in enumerate(FAULTS):
+            if fault.get("step") == share.step and fault.get("at", "compute") == "compute" and first_time(number):
+                happen(fault)
+        return plain(self, share)
+
+    def slowed(self, share):
+        began = time.perf_counter()
+        result = accumulate(self, share)
+        for number, fault in enumerate(FAULTS):
+            if fault["do"] == "slow" and fault["step"] <= share.step < fault["step"] + fault["steps"]:
+                time.sleep(9 * (time.perf_counter() - began))
+            if fault.get("step") == share.step and fault.get("at") == "sum" and first_time(number):
+                happen(fault)
+        return result
+
+    trainer.Trainer.run = run
+    trainer.Trainer._accumulate = slowed
+
+
+def wrap_store(store):
+    plain = store.Arriving.write
+
+    def write(self, data):
+        for number, fault in enumerate(FAULTS):
+            if fault.get("at") == "model" and first_time(number):
+                data = bytes([data[0] ^ 1]) + bytes(data[1:])
+        return plain(self, data)
+
+    store.Arriving.write = write
+
+
+WRAPPED = {TRAINER: wrap_trainer, EXPORT: wrap_export, STORE: wrap_store}
+
+
+class Loader(importlib.abc.Loader):
+    def __init__(self, plain):
+        self.plain = plain
+
+    def create_module(self, spec):
+        return self.plain.create_module(spec)
+
+    def exec_module(self, module):
+        self.plain.exec_module(module)
+        WRAPPED[module.__name__](module)
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def __init__(self):
+        self.found = set()
+
+    def find_spec(self, name, path, target=None):
+        if name not in WRAPPED or name in self.found:
+            return None
+        self.found.add(name)
+        spec = importlib.util.find_spec(name)
+        spec.loader = Loader(spec.loader)
+        return spec
+
+
+if FAULTS:
+    sys.meta_path.insert(0, Finder())

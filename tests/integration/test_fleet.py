@@ -1,0 +1,274 @@
+"""Whole runs on real nodes: alone, in line, too few, struck by a death, and pestered by a stranger."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from coordinator.api import train
+from coordinator.config import TrainConfig
+from node.client import NodeClient
+from node.info import NodeInfo
+from tests.fixtures.models import tiny_model
+from tests.fixtures.nodes import ServingNode, loopback, serving
+from tests.fixtures.processes import command_of
+from tests.fixtures.runs import Run, assert_same_losses, losses, metrics, notes, write_chat_data
+
+ITERS = 60
+UNKNOWN_ROUTES = 20
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model(folder / "model", "llama")
+    write_chat_data(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def fleet(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """This process, its coordinators and nodes find each other by Bonjour on this machine, and nobody else."""
+    environment = loopback()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return environment
+
+
+def arguments(inputs: Path, adapter: Path, *more: str) -> list[str]:
+    return [
+        "train", "--model", str(inputs / "model"), "--data", str(inputs / "data"), "--adapter-path", str(adapter),
+        "--iters", str(ITERS), "--batch-size", "5", "--learning-rate", "1e-4", "--num-layers", "-1",
+        "--lora-dropout", "0.1", "--save-every", "10", "--force-all", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
+    """The curve of one machine."""
+    folder = tmp_path_factory.mktemp("reference") / "adapters"
+    train(
+        TrainConfig(
+            model=str(inputs / "model"),
+            data=str(inputs / "data"),
+            adapter_path=str(folder),
+            iters=ITERS,
+            batch_size=5,
+            learning_rate=1e-4,
+            num_layers=-1,
+            lora_dropout=0.1,
+            nodes="local",
+        )
+    )
+    return losses(folder)
+
+
+def assert_same_curve(folder: Path, reference: list[tuple[int, float]]) -> None:
+    assert_same_losses(losses(folder), reference, 1e-4)
+
+
+def one_line(errors: str) -> str:
+    """The error that a person sees; it is one line."""
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
+    return lines[0]
+
+
+def describe(node: ServingNode) -> NodeInfo:
+    async def ask() -> NodeInfo:
+        client = NodeClient(node.address, node.name, node.certificate)
+        try:
+            return await client.describe()
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
+
+
+def last_step(run: Run) -> int:
+    """The last one that a run has told."""
+    return max(event["step"] for event in run.events if event["event"] == "step")
+
+
+def test_nobody_there_is_said_and_this_machine_trains(
+    inputs: Path, fleet: dict[str, str], reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    run = Run(*arguments(inputs, tmp_path / "adapters", "--nodes", "auto"))
+    code, errors = run.wait()
+    assert code == 0, errors
+    (note,) = (event for event in run.events if event.get("kind") == "nodes")
+    assert "no other node found" in note["message"]
+    assert "this machine alone" in note["message"]
+    assert_same_curve(tmp_path / "adapters", reference)
+
+
+def test_nodes_are_called_by_name(
+    inputs: Path, fleet: dict[str, str], reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    with serving(tmp_path, "anna", "ben"):
+        run = Run(*arguments(inputs, tmp_path / "adapters", "--nodes", "ben,anna", "--no-local"))
+        code, errors = run.wait()
+    assert code == 0, errors
+    assert {len(entry["per_node"]) for entry in metrics(tmp_path / "adapters") if "loss" in entry} == {2}
+    assert_same_curve(tmp_path / "adapters", reference)
+
+
+def test_this_machine_takes_part_unless_told_not_to(
+    inputs: Path, fleet: dict[str, str], reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    with serving(tmp_path, "anna"):
+        run = Run(*arguments(inputs, tmp_path / "adapters", "--nodes", "auto"))
+        code, errors = run.wait()
+    assert code == 0, errors
+    assert {entry["nodes"] for entry in metrics(tmp_path / "adapters") if "loss" in entry} == {2}
+    assert_same_curve(tmp_path / "adapters", reference)
+
+
+@pytest.mark.slow
+def test_gradients_travel_over_the_streams_when_told_to(
+    inputs: Path, reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    with serving(tmp_path, "anna", "ben") as nodes:
+        addresses = ",".join(node.address for node in nodes)
+        run = Run(*arguments(inputs, tmp_path / "adapters", "--nodes", addresses, "--no-local", "--reduce", "grpc"))
+        run.until_step(2)
+        below = [command_of(pid) for node in nodes for pid in node.worker_pids()]
+        code, errors = run.wait()
+    assert code == 0, errors
+    assert sum("node.worker" in command for command in below) == 2
+    assert not any("node.reducer" in command for command in below)
+    assert {len(entry["per_node"]) for entry in metrics(tmp_path / "adapters") if "loss" in entry} == {2}
+    assert not notes(tmp_path / "adapters", "synchronised")
+    assert_same_curve(tmp_path / "adapters", reference)
+
+
+def test_a_busy_node_says_who_has_it_and_can_be_waited_for(inputs: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, "anna") as (anna,):
+        asked = ("--nodes", anna.address, "--no-local")
+        first = Run(*arguments(inputs, tmp_path / "first", *asked, "--iters", "100000"))
+        first.until_step(2)
+        busy = describe(anna).busy
+        assert busy is not None
+
+        code, errors = Run(*arguments(inputs, tmp_path / "refused", *asked)).wait()
+        assert code != 0
+        message = one_line(errors)
+        for word in ("anna", "busy", busy.run, busy.owner, "since", "--wait"):
+            assert word in message
+
+        waiting = Run(*arguments(inputs, tmp_path / "waiting", *asked, "--wait"))
+        line = waiting.until(lambda event: event.get("kind") == "queued")["message"]
+        assert busy.run in line
+        assert busy.owner in line
+        first.interrupt()
+        assert first.wait()[0] == 130
+        code, errors = waiting.wait()
+        assert code == 0, errors
+        assert describe(anna).busy is None
+
+
+def test_too_few_nodes_end_with_a_code_of_their_own(inputs: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, "anna", "ben") as nodes:
+        addresses = ",".join(node.address for node in nodes)
+        asked = ("--nodes", addresses, "--no-local", "--min-nodes", "3")
+        code, errors = Run(*arguments(inputs, tmp_path / "adapters", *asked)).wait()
+    assert code == 3
+    assert "3" in one_line(errors)
+    assert not (tmp_path / "adapters" / "adapters.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_stopped_run_goes_on_with_other_nodes(
+    inputs: Path, reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    with serving(tmp_path, "anna", "ben") as (anna, ben):
+        run = Run(*arguments(inputs, folder, "--nodes", f"{anna.address},{ben.address}", "--no-local"))
+        run.until_step(15)
+        run.interrupt()
+        code, errors = run.wait()
+        assert code == 130, errors
+        done = [step for step, _ in losses(folder)]
+        assert done == list(range(1, len(done) + 1))
+        assert describe(anna).busy is None
+
+        again = Run("train", "--resume", "--adapter-path", folder, "--nodes", anna.address)
+        code, errors = again.wait()
+        assert code == 0, errors
+    assert_same_curve(folder, reference)
+
+
+def test_a_stranger_at_the_relay_disturbs_nothing(
+    inputs: Path, reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    with serving(tmp_path, "anna", "ben") as nodes:
+        ports = [describe(node).relay_port for node in nodes]
+        addresses = ",".join(node.address for node in nodes)
+        run = Run(*arguments(inputs, tmp_path / "adapters", "--nodes", addresses, "--no-local"))
+        strangers: list[socket.socket] = []
+        try:
+            # Before the ring forms, and while it works: nothing, nonsense, nearly the right thing.
+            for step in (0, 5):
+                if step:
+                    run.until_step(step)
+                for port in ports:
+                    for number in range(UNKNOWN_ROUTES):
+                        stranger = socket.create_connection(("127.0.0.1", port), timeout=10)
+                        strangers.append(stranger)
+                        words = (b"", os.urandom(4096), b"TNDM\x01\x01" + os.urandom(18), b"GET / HTTP/1.1\r\n\r\n")
+                        stranger.sendall(words[number % len(words)])
+            code, errors = run.wait()
+        finally:
+            for stranger in strangers:
+                stranger.close()
+    assert code == 0, errors
+    assert_same_curve(tmp_path / "adapters", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_who_comes_while_this_machine_trains_alone_takes_part(
+    inputs: Path, fleet: dict[str, str], tmp_path: Path
+) -> None:
+    endless = ("--iters", "100000", "--steps-per-eval", "100000", "--val-batches", "1", "--save-every", "100000")
+    grown, alone = tmp_path / "grown", tmp_path / "alone"
+    run = Run(*arguments(inputs, grown, "--nodes", "auto", *endless))
+    run.until_step(10)
+    (worker,) = run.worker_pids()
+    with serving(tmp_path, "anna") as (anna,):
+        joined = run.until(lambda event: event.get("kind") == "generation")
+        assert "anna joins: " in joined["message"]
+        assert run.worker_pids() == [worker], "this machine's worker is still the same one"
+        run.until_step(last_step(run) + 20)
+        # What anna did stays when she goes, and this machine goes on alone.
+        anna.stop()
+        run.until(lambda event: event.get("kind") == "generation" and "anna has left" in event["message"])
+        run.until_step(last_step(run) + 20)
+    run.interrupt()
+    code, errors = run.wait()
+    assert code == 130, errors
+    counts = [entry["nodes"] for entry in metrics(grown) if "loss" in entry]
+    assert counts[:10] == [1] * 10
+    assert 2 in counts
+    assert counts[-1] == 1
+    assert not notes(grown, "restarted")
+
+    reference = Run(*arguments(inputs, alone, "--nodes", "local", *endless))
+    reference.until_step(len(counts))
+    reference.interrupt()
+    assert reference.wait()[0] == 130
+    assert_same_losses(losses(grown), losses(alone)[: len(counts)], 1e-4)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_for_this_machine_alone_takes_nobody_in(inputs: Path, fleet: dict[str, str], tmp_path: Path) -> None:
+    with serving(tmp_path, "anna"):
+        run = Run(*arguments(inputs, tmp_path / "adapters", "--nodes", "local"))
+        code, errors = run.wait()
+    assert code == 0, errors
+    assert {entry["nodes"] for entry in metrics(tmp_path / "adapters") if "loss" in entry} == {1}
