@@ -76,6 +76,7 @@ def test_one_without_memory_comes_back_with_smaller_micro_batches(inputs: Inputs
     assert any("smaller micro-batches" in event.get("message", "") for event in outcome.events)
 
 
+@pytest.mark.slow
 def test_all_die_at_once_and_the_last_copy_is_taken_up(inputs: Inputs, tmp_path: Path) -> None:
     kill = {"step": 37, "do": "kill worker"}
     outcome = run_through(inputs, tmp_path, {"anna": [kill], "ben": [kill]})

@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from tests.fixtures.nodes import ServingNode, loopback, serving
 
 ENTRY = "import sys; from coordinator.cli import main; sys.exit(main())"
@@ -64,6 +66,7 @@ def test_lists_who_serves_until_they_leave(tmp_path: Path) -> None:
     assert "run `node serve` on the other Mac" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_of_one_name_and_the_own_one(tmp_path: Path) -> None:
     environment = loopback()
     own = tmp_path / "own"

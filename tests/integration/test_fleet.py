@@ -106,6 +106,7 @@ def test_nobody_there_is_said_and_this_machine_trains(
     assert_same_curve(tmp_path / "adapters", reference)
 
 
+@pytest.mark.slow
 def test_nodes_are_called_by_name(
     inputs: Path, fleet: dict[str, str], reference: list[tuple[int, float]], tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_a_stopped_run_goes_on_with_other_nodes(
     assert_same_curve(folder, reference)
 
 
+@pytest.mark.slow
 def test_a_stranger_at_the_relay_disturbs_nothing(
     inputs: Path, reference: list[tuple[int, float]], tmp_path: Path
 ) -> None:

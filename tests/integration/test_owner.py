@@ -82,6 +82,7 @@ def test_the_machine_with_more_memory_fuses_and_the_result_comes_here(
     assert not list((tmp_path / "large" / "jobs").glob("*"))
 
 
+@pytest.mark.slow
 def test_an_owner_pauses_and_resumes(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "theirs"
     with ServingNode("studio", home) as studio:

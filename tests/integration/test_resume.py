@@ -125,6 +125,7 @@ def test_ctrl_c_saves_and_resume_goes_on(inputs: Path, reference: Path, tmp_path
     assert_same_curve(folder, reference)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_saves_too(inputs: Path, reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
     run = Run(*arguments(inputs, folder))

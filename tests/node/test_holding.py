@@ -117,6 +117,7 @@ def of_home(home: Path, node: Node, monkeypatch: pytest.MonkeyPatch) -> NodeClie
         return NodeClient(node.address, "Studio", theirs)
 
 
+@pytest.mark.slow
 def test_no_other_home_reads_drops_or_replaces_what_is_held_for_one(
     tmp_path: Path, model: Path, tandem_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

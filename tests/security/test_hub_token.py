@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.fixtures.models import tiny_model
 from tests.fixtures.nodes import ServingNode
 from tests.fixtures.runs import Run, write_chat_data
@@ -15,6 +17,7 @@ STORED = "hf_zyxwvutsrqponmlkjihgfedcba9876543210"
 NODES = ("ann", "ben")
 
 
+@pytest.mark.slow
 def test_nothing_that_is_sent_or_written_holds_it(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama")
     data = write_chat_data(tmp_path / "data", train=8, valid=2, test=2)

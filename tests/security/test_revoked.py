@@ -22,7 +22,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("inputs"), ITERS)
 
 
-@pytest.mark.parametrize("who", ["coordinator", pytest.param("node", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["coordinator", "node"])
 def test_the_run_goes_on_without_it(inputs: Inputs, tmp_path: Path, tandem_home: Path, who: str) -> None:
     folder = tmp_path / "adapters"
     with serving(tmp_path, "anna", "ben") as nodes:

@@ -295,6 +295,7 @@ def poisoned(source: Path, target: Path, change: Change) -> FileRef:
     return ref(target)
 
 
+@pytest.mark.slow
 def test_a_worker_refuses_states_that_cannot_be_trained_on(tmp_path: Path, model: Path) -> None:
     job = JobSpec(
         "job", str(tmp_path), ModelSpec(str(model)), 0, TuningSpec(num_layers=1, rank=4), OptimizerSpec("adam")

@@ -84,6 +84,7 @@ def estimated(wanted: dict[str, Any]) -> int:
     return estimate(config, None, options).device_bytes
 
 
+@pytest.mark.slow
 def test_the_estimate_is_near_the_peak_of_real_steps() -> None:
     """Measured in one process of its own, so that only these jobs are in MLX's counters."""
     command = [sys.executable, "-m", "tests.coordinator.estimate.measure"]
