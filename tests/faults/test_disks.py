@@ -78,11 +78,16 @@ def test_the_disk_of_the_coordinator_is_full(inputs: Inputs, tmp_path: Path) -> 
         assert "No space left on device; training goes on" in cannot["message"]
         assert can["message"].endswith("can be written again; nothing is missing")
         assert len(_told(outcome, "copy_failed")) == len(_told(outcome, "copied_again")) == 1
-        assert {event["message"].partition(":")[0] for event in _told(outcome, "checkpoint_failed")} == {
-            "checkpoint of step 20 not written",
-            "checkpoint of step 40 not written",
-        }
-        assert _saved(outcome) == [60, 80, 100, ITERS]
+        # The run may be past the next one before the disk is seen to be free.
+        every = [20, 40, 60, 80, 100, ITERS]
+        saved = _saved(outcome)
+        failed = [step for step in every if step not in saved]
+        assert failed[:2] == [20, 40]
+        assert [event["message"].partition(":")[0] for event in _told(outcome, "checkpoint_failed")] == [
+            f"checkpoint of step {step} not written" for step in failed
+        ]
+        assert saved == [step for step in every if step not in failed]
+        assert ITERS in saved
 
 
 def test_one_whose_disk_is_full_holds_nothing_and_the_other_does(inputs: Inputs, tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ async def call_wrongly(node: ServingNode, home: Path, count: int, seed: int) -> 
                 async def messages(message: bytes = message) -> Iterator[bytes]:  # type: ignore[misc]
                     yield message
 
-                call = channel.stream_stream(f"/tandem.v1.{method}")(messages(), timeout=30)
+                # Strangers fill the port meanwhile: a connection may have to wait for its turn, as everybody's.
+                way = channel.stream_stream(f"/tandem.v1.{method}")
+                call = way(messages(), timeout=30, wait_for_ready=True)
                 try:
                     async for _ in call:
                         pass
