@@ -96,7 +96,7 @@ async def _by_asking(pairing: Pairing, place: Place, question: str) -> Peer | No
     from node.pairing.secrets import NoCode, parse_code
 
     for left in reversed(range(ASKED)):
-        text = await asyncio.to_thread(_prompt, question)
+        text = await _prompt(question)
         if not text.strip():
             return None
         try:
@@ -110,9 +110,16 @@ async def _by_asking(pairing: Pairing, place: Place, question: str) -> Peer | No
     return None
 
 
-def _prompt(question: str) -> str:
-    """One line of a person, asked on stderr: stdout may go to a file."""
+async def _prompt(question: str) -> str:
+    """One line of a person at a terminal, asked on stderr: stdout may go to a file."""
     click.echo(question, nl=False, err=True)
+    # Not in a thread: nothing ends its waiting, and Ctrl-C would wait for it.
+    loop, typed = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), typed.set)
+    try:
+        await typed.wait()
+    finally:
+        loop.remove_reader(sys.stdin.fileno())
     line = sys.stdin.readline()
     if not line:
         click.echo("", err=True)
@@ -269,7 +276,7 @@ def invite(hours: float) -> None:
     token = Invites(home()).new(fingerprint(credentials(home()).certificate), hours * 3600)
     click.echo(str(token))
     click.echo(
-        f"on the other machine: node serve --join TOKEN; it works once, within {hours:g} hours. Whoever has it can"
+        f"on the other machine: node serve --join TOKEN; it works once, within {hours:g} h. Whoever has it can"
         " pair a machine with this one: it is not shown again",
         err=True,
     )

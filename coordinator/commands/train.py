@@ -12,7 +12,7 @@ from coordinator.commands.pair import pair_before_training
 from coordinator.config import TrainConfig
 from coordinator.config_file import merge, read_yaml
 from coordinator.resume import resumed_config
-from coordinator.stream import Reader
+from coordinator.stream import FleetFormed, Reader, RunEvent
 from node.errors import UserError
 
 HELP = """Fine-tune a model.
@@ -85,8 +85,24 @@ def _show_plan(options: TrainConfig, view: Reader, *, as_json: bool) -> None:
     from coordinator.planner import as_json as plan_json
     from coordinator.planner import describe
 
-    found = asyncio.run(plan(options, view))
+    found = asyncio.run(plan(options, _WithoutPlan(view)))
     click.echo(json.dumps(plan_json(found), indent=2) if as_json else "\n".join(describe(found)))
+
+
+class _WithoutPlan:
+    """A view that is not told of the plan, because the command prints it."""
+
+    def __init__(self, view: Reader) -> None:
+        self._view = view
+
+    def handle(self, event: RunEvent) -> None:
+        """See ``stream.Reader``."""
+        if not isinstance(event, FleetFormed):
+            self._view.handle(event)
+
+    def close(self) -> None:
+        """See ``stream.Reader``."""
+        self._view.close()
 
 
 def load(file_options: dict[str, Any], flags: dict[str, Any], *, resume: bool) -> TrainConfig:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +37,8 @@ from tests.fixtures.desks import Node, pairable
 from tests.fixtures.nodes import END_SECONDS, ENTRY, READY_SECONDS, loopback
 from tests.fixtures.pairs import pair
 from tests.fixtures.told import told
+
+COORDINATOR = "import sys; from coordinator.cli import main; sys.exit(main())"
 
 
 def seen_of(node: Node, name: str = "Air") -> SeenNode:
@@ -174,14 +179,18 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Has a person type these lines at the terminal."""
+    with contextlib.ExitStack() as stack:
 
-    def type_(*lines: str) -> None:
-        monkeypatch.setattr(sys, "stdin", Terminal("".join(f"{line}\n" for line in lines)))
-        monkeypatch.setattr(sys, "stderr", Terminal())
+        def type_(*lines: str) -> None:
+            keyboard, screen = pty.openpty()
+            stack.callback(os.close, keyboard)
+            monkeypatch.setattr(sys, "stdin", stack.enter_context(os.fdopen(screen)))
+            monkeypatch.setattr(sys, "stderr", Terminal())
+            os.write(keyboard, "".join(f"{line}\n" for line in lines).encode())
 
-    return type_
+        yield type_
 
 
 def look_gives(monkeypatch: pytest.MonkeyPatch, nodes: Sequence[SeenNode]) -> None:
@@ -208,6 +217,33 @@ def test_a_person_is_asked_again_after_a_slip(
             assert node.friends == ["Studio"]
             assert said().count("The code that Air shows: ") == 2
             assert "a code has 8 digits" in said()
+
+    asyncio.run(work())
+
+
+def test_ctrl_c_at_the_question_ends_it_at_once(tandem_home: Path, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with pairable(tmp_path / "air") as node:
+            ((host, port),) = node.place.addresses
+            keyboard, screen = pty.openpty()
+            asking = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-c", COORDINATOR, "pair", f"{host}:{port}"),
+                stdin=screen,
+                stderr=subprocess.PIPE,
+            )
+            assert asking.stderr is not None
+            try:
+                await asking.stderr.readuntil(b" shows: ")
+                asking.send_signal(signal.SIGINT)
+                assert await asking.wait() == 130
+                assert b"Traceback" not in await asking.stderr.read()
+            finally:
+                if asking.returncode is None:
+                    asking.kill()
+                    await asking.wait()
+                os.close(keyboard)
+                os.close(screen)
+            assert names(tandem_home) == []
 
     asyncio.run(work())
 
