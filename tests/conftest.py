@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def tandem_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("TANDEM_HOME", str(home))
     # No test finds the nodes of another one, nor those of the network that it runs on.
     monkeypatch.setenv("TANDEM_BONJOUR", "off")
-    monkeypatch.setenv("TANDEM_FLEET", home.name)
+    monkeypatch.setenv("TANDEM_FLEET", f"test-{secrets.token_hex(4)}")
     return home
 
 

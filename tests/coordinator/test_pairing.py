@@ -120,7 +120,7 @@ def test_a_node_is_paired_by_its_code_and_each_side_can_end_it(
     tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     air = tmp_path / "air"
-    with serving(air, fleet=tandem_home.name) as node:
+    with serving(air, fleet=os.environ["TANDEM_FLEET"]) as node:
         node.hear("serving")
         code = node.hear("pairing")
         address = f"127.0.0.1:{code['port']}"
@@ -153,12 +153,12 @@ def test_a_node_is_paired_by_its_code_and_each_side_can_end_it(
 def test_a_node_joins_by_a_token_when_it_is_seen(
     tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in loopback(tandem_home.name).items():
+    for name, value in loopback(os.environ["TANDEM_FLEET"]).items():
         monkeypatch.setenv(name, value)
     assert run_cli(coordinator, ["invite", "--hours", "1"]) == 0
     token = capsys.readouterr().out.strip()
     air = tmp_path / "air"
-    with serving(air, "--join", token, fleet=tandem_home.name) as node:
+    with serving(air, "--join", token, fleet=os.environ["TANDEM_FLEET"]) as node:
         node.hear("serving")
         assert node.hear("joining")["token"] == parse_token(token).id
         assert run_cli(coordinator, ["nodes", "--json"]) == 0
@@ -312,7 +312,7 @@ def test_the_own_home_is_not_paired_with_itself(tandem_home: Path, capsys: pytes
 def test_how_a_node_can_be_paired_is_heard_by_bonjour(
     tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in loopback(tandem_home.name).items():
+    for name, value in loopback(os.environ["TANDEM_FLEET"]).items():
         monkeypatch.setenv(name, value)
     theirs = tmp_path / "theirs"
     info = told("Air", home=credentials(theirs).home)
