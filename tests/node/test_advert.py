@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_is_heard_and_withdrawn(tandem_home: Path) -> None:
                 "home": info.home,
                 "protocol": "1",
                 "version": "0.1.0",
-                "fleet": tandem_home.name,
+                "fleet": os.environ["TANDEM_FLEET"],
                 "name": name,
                 "since": "1800000000",
             }
