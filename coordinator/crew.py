@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
@@ -258,13 +258,8 @@ class Crew:
             MemberFailed: the worker is gone or takes nothing in.
         """
         member = self.members[index]
-        try:
-            async with asyncio.timeout(self._patience(member)):
-                await member.link.send(request)
-        except TimeoutError:
-            self._fail(member, WorkerLost(f"the worker took nothing in for {self._patience(member):.0f} s"))
-        except TandemError as error:
-            self._fail(member, error)
+        async with self._taking_in(member):
+            await member.link.send(request)
 
     async def give(self, index: int, ref: FileRef, source: Path) -> None:
         """Put a file into a member's folder.
@@ -287,9 +282,15 @@ class Crew:
         member = self.members[index]
         assert isinstance(member.link, RingLink)
         self._adding.expect(member.id, member.link, part)
+        async with self._taking_in(member):
+            await member.link.form_ring(part)
+
+    @contextlib.asynccontextmanager
+    async def _taking_in(self, member: Member) -> AsyncIterator[None]:
+        """Fail a member that does not take in, in time, what it is given here."""
         try:
             async with asyncio.timeout(self._patience(member)):
-                await member.link.form_ring(part)
+                yield
         except TimeoutError:
             self._fail(member, WorkerLost(f"the worker took nothing in for {self._patience(member):.0f} s"))
         except TandemError as error:
