@@ -13,21 +13,12 @@ from coordinator.api import train
 from coordinator.config import TrainConfig
 from node.client import NodeClient
 from node.info import NodeInfo
-from tests.fixtures.models import tiny_model
 from tests.fixtures.nodes import ServingNode, loopback, serving
 from tests.fixtures.processes import command_of
-from tests.fixtures.runs import Run, assert_same_losses, losses, metrics, notes, write_chat_data
+from tests.fixtures.runs import Run, assert_same_losses, losses, metrics, notes
 
 ITERS = 60
 UNKNOWN_ROUTES = 20
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model(folder / "model", "llama")
-    write_chat_data(folder / "data")
-    return folder
 
 
 @pytest.fixture

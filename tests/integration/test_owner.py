@@ -10,19 +10,10 @@ from pathlib import Path
 import pytest
 
 from node.files import sha256_of
-from tests.fixtures.models import tiny_model
 from tests.fixtures.nodes import ServingNode, loopback
-from tests.fixtures.runs import ENTRY, Run, losses, write_chat_data
+from tests.fixtures.runs import ENTRY, Run, losses
 
 NODE = "import sys; from node.cli import main; sys.exit(main())"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model(folder / "model", "llama")
-    write_chat_data(folder / "data")
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -18,19 +18,10 @@ from coordinator.api import train
 from coordinator.config import TrainConfig
 from coordinator.config_file import read_yaml, write_yaml
 from coordinator.specs import COPY_EVERY_STEPS
-from tests.fixtures.models import tiny_model
 from tests.fixtures.runs import Run, losses, notes, validations, write_chat_data
 
 # More steps than ten rounds of at most four can pass.
 ITERS = 96
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model(folder / "model", "llama")
-    write_chat_data(folder / "data")
-    return folder
 
 
 def options(inputs: Path, adapter: Path) -> TrainConfig:

@@ -21,7 +21,6 @@ from node.client import NodeClient
 from node.copies import StateCopy
 from node.errors import TandemError
 from node.info import NodeInfo
-from tests.fixtures.models import tiny_model
 from tests.fixtures.nodes import ServingNode, serving
 from tests.fixtures.runs import (
     Run,
@@ -31,19 +30,10 @@ from tests.fixtures.runs import (
     notes,
     validations,
     wait_for_end,
-    write_chat_data,
 )
 
 ITERS = 60
 FREE_SECONDS = 15.0
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model(folder / "model", "llama")
-    write_chat_data(folder / "data")
-    return folder
 
 
 def options(inputs: Path, adapter: Path) -> TrainConfig:
