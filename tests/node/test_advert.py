@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,19 @@ class Ear:
     async def close(self) -> None:
         await self.browser.async_cancel()
         await self.bonjour.async_close()
+
+
+@contextlib.asynccontextmanager
+async def heard(name: str) -> AsyncIterator[tuple[Ear, Advert]]:
+    """A node's advert, and somebody who has heard it."""
+    ear, advert = Ear(), Advert()
+    try:
+        await advert.start(told(name), 1)
+        await ear.hear(ServiceStateChange.Added, instance_label(name, f"id-{name}"))
+        yield ear, advert
+    finally:
+        await advert.stop()
+        await ear.close()
 
 
 def test_is_heard_and_withdrawn(tandem_home: Path) -> None:
@@ -128,17 +143,11 @@ def test_an_update_changes_the_text(tandem_home: Path) -> None:
     name = tandem_home.name
 
     async def run() -> None:
-        ear, advert = Ear(), Advert()
-        try:
-            await advert.start(told(name), 1)
-            await ear.hear(ServiceStateChange.Added, instance_label(name, f"id-{name}"))
+        async with heard(name) as (ear, advert):
             await advert.update(told(name, version="0.2.0"))
             async with asyncio.timeout(WAIT_SECONDS):
                 while (await ear.resolve(instance_label(name, f"id-{name}"))).decoded_properties["version"] != "0.2.0":
                     await ear.changes.get()
-        finally:
-            await advert.stop()
-            await ear.close()
 
     asyncio.run(run())
 
@@ -147,17 +156,11 @@ def test_cancelling_stop_does_not_cut_the_farewell(tandem_home: Path) -> None:
     name = tandem_home.name
 
     async def run() -> None:
-        ear, advert = Ear(), Advert()
-        try:
-            await advert.start(told(name), 1)
-            await ear.hear(ServiceStateChange.Added, instance_label(name, f"id-{name}"))
+        async with heard(name) as (ear, advert):
             stopping = asyncio.create_task(advert.stop())
             await asyncio.sleep(0)
             stopping.cancel()
             await ear.hear(ServiceStateChange.Removed, instance_label(name, f"id-{name}"))
-        finally:
-            await advert.stop()
-            await ear.close()
 
     asyncio.run(run())
 
