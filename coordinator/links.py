@@ -19,6 +19,8 @@ PARALLEL_SHARE = 0.6
 """A second path is used at once with the first when it is at least this fast: the ring gives each the same."""
 WORTH_MORE = 1.1
 """More connections must carry more by this factor."""
+TRIES = 2
+"""A way is given up when it was not found so often: a machine that is busy at that moment may be late once."""
 EVERY_PAIR_NODES = 8
 """Of more machines each is measured against the next few only, in the order of their names."""
 NEXT_FEW = 3
@@ -195,10 +197,15 @@ async def measure_links(
         items = interfaces_of(infos[other], infos[one])
         port = infos[other].relay_port
         by_address = {f"{item.address}:{port}": item for item in items}
-        try:
-            results = await nodes[one][0].measure(list(by_address), seconds, certificates[other])
-        except NodeError:
-            results = ()  # it will be missed soon enough; here it is only not reached
+        reached: list[Measured] = []
+        for _ in range(TRIES):
+            try:
+                results = await nodes[one][0].measure(list(by_address), seconds, certificates[other])
+            except NodeError:
+                results = ()  # it will be missed soon enough; here it is only not reached
+            reached = [result for result in results if result.bits_per_second > 0 and result.address in by_address]
+            if reached:
+                break
         paths = [
             Path(
                 result.address,
@@ -207,8 +214,7 @@ async def measure_links(
                 result.bits_per_second,
                 result.latency_seconds,
             )
-            for result in results
-            if result.bits_per_second > 0 and result.address in by_address
+            for result in reached
         ]
         found[one, other] = tuple(sorted(paths, key=lambda path: -path.bits_per_second))
 

@@ -276,5 +276,26 @@ def test_a_node_that_goes_while_measuring_is_not_reached() -> None:
     assert found.between()["mini", "studio"].bits_per_second == 0.0
 
 
+class LateOnce(Played):
+    """Answers nothing in time when it is asked for the first time."""
+
+    async def measure(self, addresses: Sequence[str], seconds: float, certificate: bytes) -> tuple[Measured, ...]:
+        results = await super().measure(addresses, seconds, certificate)
+        if len(self.asked) > len(addresses):
+            return results
+        return tuple(Measured(result.address, 0.0, 0.0, error="timed out") for result in results)
+
+
+def test_who_is_late_once_is_asked_again() -> None:
+    owner = {"10.0.0.1:7": "a", "10.0.0.2:7": "b"}
+    infos = {name: info(name, ("en0", "ethernet", f"10.0.0.{n}")) for n, name in enumerate("ab", start=1)}
+    first = LateOnce("a", {"10.0.0.2:7": 1e9}, set(), owner.__getitem__)
+    other = Played("b", {"10.0.0.1:7": 1e9}, first.busy, owner.__getitem__)
+    nodes = {"a": (first, infos["a"]), "b": (other, infos["b"])}
+    found = asyncio.run(measure_links(nodes, certificates(nodes), 0.2))
+    assert found.between()["a", "b"].bits_per_second == 1e9
+    assert (first.asked, other.asked) == (["10.0.0.2:7"] * 2, ["10.0.0.1:7"])
+
+
 def test_one_node_has_nothing_to_measure() -> None:
     assert asyncio.run(measure_links({"mini": (Gone(), MINI)}, certificates(("studio", "mini")), 0.2)).found == {}

@@ -9,19 +9,21 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import ITERS, Inputs, Outcome, arguments, end, faulty, make_inputs
+from tests.faults.harness import Inputs, Outcome, arguments, end, faulty, make_inputs
 from tests.fixtures.disks import Disk, own_disk
 from tests.fixtures.pairs import pair
 from tests.fixtures.runs import Run, assert_same_losses, losses, notes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-FULL_FROM, FULL_TO = 13, 53
-SAVE = ("--save-every", "20")
+ITERS = 240
+# Far from the checkpoints on either side: a busy machine sees a step some steps late.
+FULL_FROM, FULL_TO = 13, 83
+SAVE = ("--save-every", "40")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    return make_inputs(tmp_path_factory.mktemp("inputs"), ITERS)
 
 
 def _through(run: Run, adapter: Path, disks: Sequence[Disk]) -> Outcome:
@@ -52,16 +54,16 @@ def test_the_disks_of_nodes_are_full(inputs: Inputs, tmp_path: Path, full: tuple
         disks = [stack.enter_context(own_disk(tmp_path / f"home-{name}")) for name in full]
         nodes = stack.enter_context(faulty(tmp_path, {"anna": [], "ben": []}))
         adapter = tmp_path / "adapters"
-        outcome = _through(Run(*arguments(inputs, adapter, list(nodes.values()), *SAVE)), adapter, disks)
+        outcome = _through(Run(*arguments(inputs, adapter, list(nodes.values()), *SAVE, iters=ITERS)), adapter, disks)
     outcome.check(inputs)
     assert not outcome.repairs, "nobody was lost"
     failed, again = _told(outcome, "copy_failed"), _told(outcome, "copied_again")
     assert sorted(event["details"]["node"] for event in failed) == sorted(full), "each told once"
     assert sorted(event["details"]["node"] for event in again) == sorted(full)
     assert all("Is the disk full?" in event["message"] for event in failed), failed
-    assert {60, 80, 100, ITERS} <= set(_saved(outcome))
+    assert {120, 160, 200, ITERS} <= set(_saved(outcome))
     if len(full) == 1:
-        assert {20, 40} & set(_saved(outcome)), "the other one saved meanwhile"
+        assert {40, 80} & set(_saved(outcome)), "the other one saved meanwhile"
 
 
 def test_the_disk_of_the_coordinator_is_full(inputs: Inputs, tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_the_disk_of_the_coordinator_is_full(inputs: Inputs, tmp_path: Path) -> 
         home = {"TANDEM_HOME": str(disk.folder / "home")}
         for node in nodes.values():
             pair(node.home, disk.folder / "home")
-        run = Run(*arguments(inputs, adapter, list(nodes.values()), *SAVE), environment=home)
+        run = Run(*arguments(inputs, adapter, list(nodes.values()), *SAVE, iters=ITERS), environment=home)
         outcome = _through(run, adapter, [disk])
         outcome.check(inputs)
         assert not outcome.repairs, "nobody was lost"
@@ -78,16 +80,11 @@ def test_the_disk_of_the_coordinator_is_full(inputs: Inputs, tmp_path: Path) -> 
         assert "No space left on device; training goes on" in cannot["message"]
         assert can["message"].endswith("can be written again; nothing is missing")
         assert len(_told(outcome, "copy_failed")) == len(_told(outcome, "copied_again")) == 1
-        # The run may be past the next one before the disk is seen to be free.
-        every = [20, 40, 60, 80, 100, ITERS]
-        saved = _saved(outcome)
-        failed = [step for step in every if step not in saved]
-        assert failed[:2] == [20, 40]
         assert [event["message"].partition(":")[0] for event in _told(outcome, "checkpoint_failed")] == [
-            f"checkpoint of step {step} not written" for step in failed
+            "checkpoint of step 40 not written",
+            "checkpoint of step 80 not written",
         ]
-        assert saved == [step for step in every if step not in failed]
-        assert ITERS in saved
+        assert _saved(outcome) == [120, 160, 200, ITERS]
 
 
 def test_one_whose_disk_is_full_holds_nothing_and_the_other_does(inputs: Inputs, tmp_path: Path) -> None:
@@ -96,7 +93,7 @@ def test_one_whose_disk_is_full_holds_nothing_and_the_other_does(inputs: Inputs,
         disk = stack.enter_context(own_disk(tmp_path / "home-anna"))
         nodes = stack.enter_context(faulty(tmp_path, {"anna": [], "ben": []}))
         adapter = tmp_path / "adapters"
-        run = Run(*arguments(inputs, adapter, list(nodes.values())))
+        run = Run(*arguments(inputs, adapter, list(nodes.values()), iters=ITERS))
         run.until_step(FULL_FROM)
         disk.fill()
         run.until_step(FULL_TO)
