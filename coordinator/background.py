@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-from coordinator.stream import Advanced, Reader
+from coordinator.stream import DOWNLOADING, Advanced, Reader
 from node.errors import Interrupted
 
 _T = TypeVar("_T")
@@ -25,7 +25,7 @@ async def in_background(work: Callable[[Progress], _T], reader: Reader) -> _T:
     def advance(task: str, done: int, total: int) -> None:
         if cancelled:
             raise Interrupted("stopped")
-        reader.handle(Advanced(task, done, total))
+        reader.handle(Advanced(task, done, total, in_bytes=task == DOWNLOADING))
 
     try:
         return await asyncio.to_thread(work, advance)

@@ -138,7 +138,7 @@ async def _fetch_folder(link: RemoteWorker, kind: str, target: Path, gguf_path: 
     gguf = target / gguf_path
     written: list[str] = []
     for file in files:
-        reader.handle(Advanced("fetching the result", done, total))
+        reader.handle(Advanced("fetching the result", done, total, in_bytes=True))
         beside = gguf_path and file.name in (gguf.name, "Modelfile")
         path = gguf.with_name(file.name) if beside else target / file.name
         FileRef(file.name, file.sha256, file.size)  # bare, or refused

@@ -138,13 +138,9 @@ async def _look(config: TrainConfig, reader: Reader, *, plan_only: bool) -> Sele
     if config.nodes == "local" and not plan_only:
         return None
     selection = await select(config.nodes)
-    for name, reason in selection.left_out:
-        reader.handle(Noted("left_out", f"{name} is left out: {reason}", "warning", {"node": name}))
     able = [node for node in selection.nodes if config.local or not node.own]
     names = ", ".join(node.label or node.name for node in able)
     looked = f"looked {selection.looked_seconds:.1f} s"
-    if able:
-        reader.handle(Noted("nodes", f"found {names} ({looked})", details={"nodes": [node.name for node in able]}))
     here = 1 if config.local and not (able and running_nodes(home())) else 0
     count = len(able) + here
     if count < max(config.min_nodes, 1):
@@ -152,7 +148,10 @@ async def _look(config: TrainConfig, reader: Reader, *, plan_only: bool) -> Sele
             f"{count} of --min-nodes {config.min_nodes} machines {'is' if count == 1 else 'are'} there ({looked}):"
             f" {_reasons(selection.left_out)}"
         )
+    for name, reason in selection.left_out:
+        reader.handle(Noted("left_out", f"{name} is left out: {reason}", "warning", {"node": name}))
     if able:
+        reader.handle(Noted("nodes", f"found {names} ({looked})", details={"nodes": [node.name for node in able]}))
         return selection
     if config.nodes != "local":
         reader.handle(Noted("nodes", f"no other node found ({looked}): training on this machine alone until one comes"))
@@ -366,7 +365,7 @@ class Fleet:
         def advance(done: int, total: int) -> None:
             if self._stop.is_set():
                 raise StopRequested
-            self._reader.handle(Advanced("reading the model", done, total))
+            self._reader.handle(Advanced("reading the model", done, total, in_bytes=True))
 
         def describe_and_adopt() -> tuple[Manifest, str]:
             manifest = manifest_of(
@@ -391,7 +390,7 @@ class Fleet:
             {node.info.id: (node.client, node.info) for node in nodes},
             self._giver,
             self._trust.certificate_of,
-            progress=lambda done, total: self._reader.handle(Advanced("sending the model", done, total)),
+            progress=lambda done, total: self._reader.handle(Advanced("sending the model", done, total, in_bytes=True)),
             note=lambda line: self._reader.handle(Noted("model_sent", line)),
         )
         for node in nodes:
@@ -554,9 +553,8 @@ class Fleet:
 
     async def _drop_problems(self) -> None:
         """Let go whoever turned out not to be able to, with a word; fail when too few are left."""
-        for node in [node for node in self._nodes if node.problem]:
-            line = f"{node.info.name} is left out: {node.problem}"
-            self._reader.handle(Noted("left_out", line, "warning", {"node": node.info.name}))
+        dropped = [node for node in self._nodes if node.problem]
+        for node in dropped:
             self._left_out.append((node.info.name, node.problem))
             await self._let_go(node)
         left = len(self._nodes)
@@ -565,6 +563,9 @@ class Fleet:
             if left == 0 and self._wanted.config.min_nodes == 1:
                 raise TandemError(f"no machine can take part: {why}")
             raise TooFewNodes(f"{left} of --min-nodes {self._wanted.config.min_nodes} machines can take part: {why}")
+        for node in dropped:
+            line = f"{node.info.name} is left out: {node.problem}"
+            self._reader.handle(Noted("left_out", line, "warning", {"node": node.info.name}))
 
     async def _let_go(self, node: _Node) -> None:
         if node in self._nodes:
@@ -646,6 +647,7 @@ class Fleet:
         info = dataclasses.replace(await client.describe(), name=seen.label or seen.name)
         node = _Node(dataclasses.replace(seen, info=info), client, info)
         self._preparing.append(node)
+        told = False
         try:
             reason = unusable(node.seen, facts())
             if reason:
@@ -655,6 +657,7 @@ class Fleet:
             node.link = await client.open_worker(self._wanted.job.job, _owner())
             await self._be_ready_for(node)
             self._reader.handle(Noted("preparing", f"preparing {info.name} to take part", details={"node": info.name}))
+            told = True
             await self._send_model([node])
             if node.problem:
                 raise NodeError(node.problem)
@@ -662,8 +665,13 @@ class Fleet:
             await self._probe_on(node)
             await self._weigh(node)
             self._check_paired(seen)
-        except BaseException:
+        except BaseException as error:
             await self._let_go(node)
+            if told and isinstance(error, NotWorth):
+                self._reader.handle(Noted("stays_out", str(error), details={"node": info.name}))
+            elif told and isinstance(error, TandemError | OSError):
+                line = f"{info.name} cannot take part yet: {error}"
+                self._reader.handle(Noted("not_ready", line, details={"node": info.name}))
             raise
         finally:
             self._preparing.remove(node)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from coordinator.stream import DOWNLOADING
 from coordinator.weight_files import Shapes
 from node.errors import TandemError, UserError, one_line
 
@@ -155,7 +156,7 @@ def _bar(progress: Progress | None) -> Any:
         def update(self, n: float | None = 1) -> bool | None:
             moved: bool | None = super().update(n)
             if progress is not None and self.unit == "B" and str(self.desc).startswith("Reconstruct"):
-                progress("downloading model", int(self.n), int(self.total or 0))
+                progress(DOWNLOADING, int(self.n), int(self.total or 0))
             return moved
 
     return Bar

@@ -39,6 +39,7 @@ from coordinator.runfolder import RunFolder, read_json_lines
 from coordinator.shares import Evaluation, StepSource
 from coordinator.specs import job_spec
 from coordinator.stream import (
+    DOWNLOADING,
     FAILED,
     STOPPED,
     Advanced,
@@ -298,7 +299,7 @@ class _Job:
     def _advance(self, task: str, done: int, total: int) -> None:
         if self.stop.is_set():
             raise Interrupted("stopped before training began; nothing was written")
-        self.reader.handle(Advanced(task, done, total))
+        self.reader.handle(Advanced(task, done, total, in_bytes=task == DOWNLOADING))
 
     def _resolve_counts(self, train: TokenSet) -> None:
         """Fix what depends on the size of the data, so that ``config.yaml`` repeats the run."""

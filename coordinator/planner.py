@@ -257,7 +257,7 @@ class _Trial:
         """Why this machine is not among the chosen, with figures."""
         with_it = self.seconds([*chosen, other])
         if not math.isfinite(with_it):
-            return "the others cannot reach it over the network"
+            return "no way between it and the others was found over the network"
         without = self.seconds(chosen)
         return f"slower than it is worth: a step takes {_show(with_it)} with it, {_show(without)} without"
 

@@ -18,6 +18,8 @@ FAILED = "failed"
 
 Views for people pass both over: whoever started the run is told by the error that ends it, at the very end.
 """
+DOWNLOADING = "downloading model"
+"""A long task that is counted in bytes."""
 STOPPED = "stopped"
 """Where a run was stopped: label in the summary. Views for people pass it over, too: the last line says it."""
 
@@ -120,11 +122,19 @@ class Tested:
 
 @dataclass(frozen=True)
 class Advanced:
-    """How far a long task is: ``tokenising train``, ``validating``, ``loading model``, ``fusing``."""
+    """How far a long task is: ``tokenising train``, ``validating``, ``loading model``, ``fusing``.
+
+    Attributes:
+        task: what is being done.
+        done: so much of it.
+        total: how much there is; 0 where nobody knows.
+        in_bytes: both are bytes.
+    """
 
     task: str
     done: int
     total: int
+    in_bytes: bool = False
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,7 @@ async def _place(pairing: Pairing, name: str | None) -> Place:
     if len(exact) > 1:
         raise UserError(f"{name}: {len(exact)} nodes have this name: {_listed(exact)}; give an address")
     if not exact:
-        others = can_be_paired(pairing, found.nodes)
-        there = f"found: {_listed(others)}" if others else f"none that can be paired was found{_trouble(found)}"
+        there = f"found: {_listed(found.nodes)}" if found.nodes else f"none was found{_trouble(found)}"
         raise UserError(f"{name}: no such node ({there}); {_what_to_do()}")
     if exact[0].own:
         raise UserError(f"{name} is of this TANDEM_HOME: its programs trust each other unpaired")

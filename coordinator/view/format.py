@@ -55,6 +55,11 @@ def size_text(size_bytes: float | None) -> str:
     return f"{gigabytes:.1f} GB" if gigabytes < 100 else f"{gigabytes:.0f} GB"
 
 
+def amount_text(amount: int, in_bytes: bool) -> str:
+    """How much of a task, which is counted in bytes or in whatever it is made of."""
+    return size_text(amount) if in_bytes else f"{amount:,}"
+
+
 def duration_text(seconds: float | None) -> str:
     """A time span by its two largest units."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:

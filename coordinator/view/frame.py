@@ -11,6 +11,7 @@ from coordinator.view.blocks import bar, plot
 from coordinator.view.fleet import fleet_lines
 from coordinator.view.format import (
     MISSING,
+    amount_text,
     duration_text,
     loss_text,
     one_line,
@@ -93,8 +94,8 @@ def task_bar(task: Task, width: int) -> Text:
     """A long task with its own bar, or a count where nobody knows how much there is."""
     name = f"{one_line(task.name)} "
     if task.total <= 0:
-        return Text.assemble((name, "bold"), f"{task.done:,}" if task.done else "…")
-    after = f" {task.done:,}/{task.total:,}"
+        return Text.assemble((name, "bold"), amount_text(task.done, task.in_bytes) if task.done else "…")
+    after = f" {amount_text(task.done, task.in_bytes)}/{amount_text(task.total, task.in_bytes)}"
     filled, empty = bar(task.done / task.total, max(min(width - len(name) - len(after), 40), 4))
     return Text.assemble((name, "bold"), (filled, "magenta"), (empty, "bright_black"), (after, "dim"))
 

@@ -25,7 +25,16 @@ from coordinator.stream import (
     Validated,
     perplexity,
 )
-from coordinator.view.format import duration_text, loss_text, one_line, rate_text, shortened, size_text, speed_text
+from coordinator.view.format import (
+    amount_text,
+    duration_text,
+    loss_text,
+    one_line,
+    rate_text,
+    shortened,
+    size_text,
+    speed_text,
+)
 from coordinator.view.state import RunState
 
 TASK_LINE_EVERY_SECONDS = 5.0
@@ -108,8 +117,8 @@ class PlainView:
         now = self._clock()
         if not self._quiet and now - self._task_line_at >= TASK_LINE_EVERY_SECONDS:
             self._task_line_at = now
-            done = f": {event.done:,}" if event.done or event.total > 0 else ""
-            total = f" of {event.total:,}" if event.total > 0 else ""
+            done = f": {amount_text(event.done, event.in_bytes)}" if event.done or event.total > 0 else ""
+            total = f" of {amount_text(event.total, event.in_bytes)}" if event.total > 0 else ""
             self._writer.write(f"{one_line(event.task)}{done}{total}")
 
 

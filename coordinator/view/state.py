@@ -45,6 +45,7 @@ class Task:
     name: str
     done: int
     total: int
+    in_bytes: bool = False
 
 
 @dataclass
@@ -166,8 +167,8 @@ class RunState:
                 self.samples.append(event)
             case Tested():
                 self.test = event
-            case Advanced(task, done, total):
-                self._advance(Task(task, done, total))
+            case Advanced(task, done, total, in_bytes):
+                self._advance(Task(task, done, total, in_bytes))
             case Noted(kind) if kind != FAILED:
                 self.notes.append(event)
                 if event.level != "info":

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from coordinator import fleet
 from coordinator.config import TrainConfig
 from coordinator.discovery import LeftOut, SeenNode, Selection
+from coordinator.recruits import NotWorth
 from coordinator.stream import Noted, RunEvent
-from node.errors import TandemError, TooFewNodes
+from node.errors import NodeError, TandemError, TooFewNodes
+from node.info import NodeInfo
 from tests.fixtures.told import told
 
 
@@ -34,7 +39,11 @@ def seen(name: str, *, own: bool = False) -> SeenNode:
 
 
 def look(
-    monkeypatch: pytest.MonkeyPatch, nodes: tuple[SeenNode, ...], left_out: tuple[LeftOut, ...] = (), **options: object
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: tuple[SeenNode, ...],
+    left_out: tuple[LeftOut, ...] = (),
+    heard: Heard | None = None,
+    **options: object,
 ) -> Selection | None:
     """What comes of looking, when these are there."""
 
@@ -44,7 +53,7 @@ def look(
     monkeypatch.setattr(fleet, "select", select)
     monkeypatch.setattr(fleet, "running_nodes", lambda home: [node for node in nodes if node.own])
     config = TrainConfig(model="m", **options)  # type: ignore[arg-type]
-    return asyncio.run(fleet._look(config, Heard(), plan_only=False))
+    return asyncio.run(fleet._look(config, heard or Heard(), plan_only=False))
 
 
 PAUSED = LeftOut("Air", "paused")
@@ -68,8 +77,9 @@ def test_too_few_are_said_before_anything_is_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(TooFewNodes) as raised:
-        look(monkeypatch, nodes, left_out, min_nodes=9, **options)
+        look(monkeypatch, nodes, left_out, heard := Heard(), min_nodes=9, **options)
     assert str(raised.value).startswith(said)
+    assert heard.messages == [], "who is missing is said once, in the error"
 
 
 def test_enough_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +95,50 @@ def test_a_reason_never_lacks() -> None:
 
     with pytest.raises(TandemError, match=r"^0 of --min-nodes 9 machines can take part: no other was found$"):
         asyncio.run(drop())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NotWorth("Air stays out: slower than it is worth"), "Air stays out: slower than it is worth"),
+        (NodeError("the model does not load"), "Air cannot take part yet: the model does not load"),
+    ],
+)
+def test_who_is_being_prepared_is_told_of_again(
+    error: TandemError, said: str, monkeypatch: pytest.MonkeyPatch, tandem_home: Path
+) -> None:
+    class Client:
+        def __init__(self, *_: object) -> None:
+            """Of nobody."""
+
+        async def describe(self) -> NodeInfo:
+            return told("Air")
+
+        async def open_worker(self, *_: object) -> None:
+            """There is nothing to speak to."""
+
+        async def close(self) -> None:
+            """Nothing is open."""
+
+    async def nothing(*_: object) -> None:
+        """Goes well."""
+
+    async def fail(*_: object) -> None:
+        raise error
+
+    async def prepare() -> None:
+        wanted: Any = SimpleNamespace(config=TrainConfig(model="m"), job=SimpleNamespace(job="job"))
+        air = fleet.Fleet(wanted, Selection((), (), 1.0), heard, asyncio.Event())
+        for name in ("_check_paired", "_check_worth"):
+            monkeypatch.setattr(air, name, lambda *_: None)
+        for name in ("_be_ready_for", "_send_model", "_load_on", "_probe_on"):
+            monkeypatch.setattr(air, name, nothing)
+        monkeypatch.setattr(air, "_weigh", fail)
+        await air._prepare(seen("Air"))
+
+    heard = Heard()
+    monkeypatch.setattr(fleet, "NodeClient", Client)
+    monkeypatch.setattr(fleet, "unusable", lambda *_: "")
+    with pytest.raises(type(error)):
+        asyncio.run(prepare())
+    assert heard.messages == ["preparing Air to take part", said]

@@ -106,7 +106,14 @@ def test_long_tasks_get_a_line_now_and_then() -> None:
     for done, total in ((0, 0), (7, 0), (0, 2)):
         now += 10
         view.handle(Advanced("measuring", done, total))
-    assert stream.getvalue().splitlines()[1:] == ["measuring", "measuring: 7", "measuring: 0 of 2"]
+    now += 10
+    view.handle(Advanced("sending the model", 5 << 20, 3 << 30, in_bytes=True))
+    assert stream.getvalue().splitlines()[1:] == [
+        "measuring",
+        "measuring: 7",
+        "measuring: 0 of 2",
+        "sending the model: 5 MB of 3.0 GB",
+    ]
 
 
 def test_foreign_text_cannot_command_the_terminal() -> None:

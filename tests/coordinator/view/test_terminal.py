@@ -90,6 +90,7 @@ def test_a_long_task_has_its_own_bar_before_training() -> None:
         "tokenising train ━━━━━━━━━━" + "─" * 30 + " 2,500/10,000"
     ]
     assert lines(Advanced("loading model", 0, 0)) == ["loading model …"]
+    assert lines(Advanced("sending the model", 3 << 28, 1 << 30, in_bytes=True))[0].endswith(" 0.8 GB/1.0 GB")
 
 
 def test_no_validation_and_unknown_memory_read_as_missing() -> None:
