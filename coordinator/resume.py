@@ -47,6 +47,8 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
                 " start a new run, with --resume-adapter-file to begin from these weights"
             )
     values = {**before, **{name: said[name] for name in said if name in MAY_CHANGE}}
+    # A folder may come from somebody else: whether Python files may run is said by who runs the command, each time.
+    values["trust_remote_code"] = said.get("trust_remote_code", False)
     if "epochs" in said:
         values.pop("iters", None)
     values["adapter_path"] = str(folder)

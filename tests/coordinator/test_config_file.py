@@ -268,6 +268,14 @@ def resumed(run: Path, **flags: Any) -> TrainConfig:
     return load({}, {"adapter_path": str(run), **flags}, resume=True)
 
 
+def test_leave_for_python_files_is_never_taken_from_a_folder(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    assert "trust_remote_code: false" in text
+    (run / "config.yaml").write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
+    assert resumed(run).trust_remote_code is False
+    assert resumed(run, trust_remote_code=True).trust_remote_code is True
+
+
 def test_resuming_takes_the_options_of_the_run(run: Path) -> None:
     config = resumed(run, iters=None, batch_size=None)
     assert (config.model, config.iters, config.mask) == ("m", 10, "prompt")
