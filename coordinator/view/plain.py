@@ -14,6 +14,7 @@ from coordinator.stream import (
     STOPPED,
     Advanced,
     FleetFormed,
+    FleetLink,
     FleetMember,
     Noted,
     RunEvent,
@@ -229,7 +230,7 @@ def _plain(value: Any) -> Any:
             return [_plain(held) for held in value]
         case None | bool() | int() | str():
             return value
-        case FleetMember():
+        case FleetMember() | FleetLink():
             return _plain(dataclasses.asdict(value))
         case _:
             return str(value)
