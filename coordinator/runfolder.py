@@ -9,7 +9,6 @@ previous/ID/                   the files of older runs
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fcntl
 import json
@@ -21,17 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.stream import (
-    FleetFormed,
-    Noted,
-    RunEvent,
-    RunFinished,
-    RunStarted,
-    Sampled,
-    StepFinished,
-    Tested,
-    Validated,
-)
+from coordinator.stream import Noted, RunEvent, RunFinished, RunStarted, Sampled, StepFinished, Tested, Validated
 from node.errors import UserError
 from node.files import write_text_atomically
 
@@ -226,9 +215,6 @@ class Recorder:
             entry = {"kind": "finished", "message": event.status, "level": "info", "status": event.status}
         elif isinstance(event, Noted):
             entry = {"kind": event.kind, "message": event.message, "level": event.level, **event.details}
-        elif isinstance(event, FleetFormed):
-            entry = {"kind": "fleet", "message": event.lines[0] if event.lines else "", "level": "info"}
-            entry |= {name: value for name, value in dataclasses.asdict(event).items() if name != "step_rows"}
         elif isinstance(event, Sampled):
             entry = {"kind": "sample", "message": f"sample at step {event.step}", "level": "info"}
             entry |= {"step": event.step, "prompt": event.prompt, "text": event.text}

@@ -68,24 +68,6 @@ class FleetMember:
 
 
 @dataclass(frozen=True)
-class FleetLink:
-    """How fast two machines reach each other, as measured.
-
-    Attributes:
-        one, other: their names.
-        bits_per_second: in the slower direction; 0 where they do not.
-        latency_seconds: one way.
-        text: the link in words.
-    """
-
-    one: str
-    other: str
-    bits_per_second: float
-    latency_seconds: float
-    text: str
-
-
-@dataclass(frozen=True)
 class FleetFormed:
     """Several machines have been chosen.
 
@@ -93,13 +75,11 @@ class FleetFormed:
         members: in the order of their ranks.
         step_rows: rows of a typical step.
         lines: the plan in words: shares, expected step, links, who is left out and why, advice.
-        links: between those that were looked at.
     """
 
     members: tuple[FleetMember, ...]
     step_rows: int
     lines: tuple[str, ...]
-    links: tuple[FleetLink, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,7 +187,7 @@ class Broadcast:
 
     def __init__(self, readers: Iterable[Reader] = ()) -> None:
         self._readers = list(readers)
-        self._notes: list[Noted | FleetFormed] = []
+        self._notes: list[Noted] = []
 
     def add(self, reader: Reader) -> None:
         """Hand events to this one too, after what was noted so far."""
@@ -219,7 +199,7 @@ class Broadcast:
         """See ``Reader``."""
         if isinstance(event, RunStarted):
             self._notes = []
-        elif isinstance(event, Noted | FleetFormed) and len(self._notes) < NOTES_KEPT:
+        elif isinstance(event, Noted) and len(self._notes) < NOTES_KEPT:
             self._notes.append(event)
         for reader in list(self._readers):
             try:

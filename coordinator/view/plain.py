@@ -14,7 +14,6 @@ from coordinator.stream import (
     STOPPED,
     Advanced,
     FleetFormed,
-    FleetLink,
     FleetMember,
     Noted,
     RunEvent,
@@ -230,7 +229,7 @@ def _plain(value: Any) -> Any:
             return [_plain(held) for held in value]
         case None | bool() | int() | str():
             return value
-        case FleetMember() | FleetLink():
+        case FleetMember():
             return _plain(dataclasses.asdict(value))
         case _:
             return str(value)
