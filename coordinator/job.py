@@ -71,7 +71,7 @@ class RunResult:
 
     Attributes:
         run: its id.
-        status: ``done``, ``stopped_early`` or, when it was stopped before its end, ``interrupted``.
+        status: ``done`` or ``stopped_early``.
         folder: what it left behind.
         steps: optimizer steps applied, over all sittings.
         best_step: of the validations, or None.
@@ -92,19 +92,6 @@ class RunResult:
     written: tuple[str, ...]
 
 
-class Stopped(Interrupted):
-    """A run was stopped before its end.
-
-    Args:
-        message: where, what is saved, and how to go on.
-        result: what there is so far.
-    """
-
-    def __init__(self, message: str, result: RunResult) -> None:
-        super().__init__(message)
-        self.result = result
-
-
 async def plan(config: TrainConfig, view: Reader) -> Plan:
     """Find the nodes, have them load the model, measure, and say who would do what. Nothing is written.
 
@@ -120,29 +107,21 @@ async def plan(config: TrainConfig, view: Reader) -> Plan:
         return job.fleet.plan
 
 
-async def train(
-    config: TrainConfig, view: Reader, *, resume: bool = False, stop: asyncio.Event | None = None
-) -> RunResult:
+async def train(config: TrainConfig, view: Reader, *, resume: bool = False) -> RunResult:
     """Run a training.
 
     Args:
         config: all options.
         view: shows the run; closed when it ends.
         resume: go on with the run in the adapter folder, from the newest state that anyone holds.
-        stop: set, from this event loop, by whoever wants it to save and end. Ctrl-C does, too, where signals can be
-            caught.
 
     Raises:
         UserError: a mistake in what was asked for; nothing was written.
-        Stopped: by Ctrl-C or ``stop``; the state is saved.
+        Interrupted: stopped by Ctrl-C; the state is saved.
         TandemError: the run failed.
     """
     with contextlib.closing(Broadcast([view])) as reader:
-        job = _Job(config, reader, view, resume, stop)
-        try:
-            result = await job.run()
-        except Interrupted as error:
-            raise Stopped(str(error), job.result("interrupted")) from None
+        result = await _Job(config, reader, view, resume).run()
         assert result is not None
         return result
 
@@ -150,23 +129,19 @@ async def train(
 class _Job:
     """One run in the making: what each stage finds out, for the stages after it."""
 
-    def __init__(
-        self, config: TrainConfig, reader: Broadcast, view: Reader, resume: bool, stop: asyncio.Event | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, reader: Broadcast, view: Reader, resume: bool) -> None:
         self.config = config
         self.reader = reader
         self.view = view
         self.resume = resume
         self.folder = RunFolder(Path(config.adapter_path))
-        self.stop = stop if stop is not None else asyncio.Event()
+        self.stop = asyncio.Event()
         self.run_id = (self.folder.run_id() if resume else None) or runs.new_id()
         self.work_folder = new_job_folder(self.run_id)
         self.plan_only = False
         self.selection: Selection | None = None
         self.fleet: Fleet | None = None
         self.taken: TakenUp | None = None
-        self.engine: Engine | None = None
-        self.progress = Progress(0, 0)
         self.validation: Evaluation | None = None
         self.token_limit: int | None = None
 
@@ -220,13 +195,12 @@ class _Job:
         if self.resume:
             self.folder.lock()
             checkpoint = self._checkpoint()
-            self.progress = checkpoint.progress if checkpoint is not None else self.progress
         data = await asyncio.to_thread(self._prepare, model)
         self._resolve_counts(data["train"])
         self.program = _program(self.config, validates="valid" in data)
         if self.resume:
             self.taken = await self._take_up(checkpoint, data)
-        engine = self.engine = self._engine(model, data, self.taken.checkpoint if self.taken is not None else None)
+        engine = self._engine(model, data, self.taken.checkpoint if self.taken is not None else None)
         try:
             members = await engine.prepare()
             if self.fleet is not None and self.selection is not None:
@@ -500,16 +474,7 @@ class _Job:
         await engine.close()
         written = await fuse_result(self.config, model, self.folder, self.reader, best_node)
         status = "stopped_early" if engine.stopped_early else "done"
-        result = self.result(status, test_loss, written)
-        published = progress if best is None else dataclasses.replace(progress, step=best.progress.step)
-        lines = summary(self.folder, published, test_loss, engine.replayed_steps, written, speed)
-        self.books.close(status, lines, next_commands(self.config, self.config.model, status, written))
-        return result
-
-    def result(self, status: str, test_loss: float | None = None, written: tuple[str, ...] = ()) -> RunResult:
-        """What there is by now."""
-        progress = self.engine.progress if self.engine is not None else self.progress
-        return RunResult(
+        result = RunResult(
             run=self.run_id,
             status=status,
             folder=self.folder.path,
@@ -517,9 +482,13 @@ class _Job:
             best_step=progress.best_step,
             best_val_loss=progress.best_loss,
             test_loss=test_loss,
-            replayed_steps=self.engine.replayed_steps if self.engine is not None else 0,
+            replayed_steps=engine.replayed_steps,
             written=written,
         )
+        published = progress if best is None else dataclasses.replace(progress, step=best.progress.step)
+        lines = summary(self.folder, published, test_loss, engine.replayed_steps, written, speed)
+        self.books.close(status, lines, next_commands(self.config, self.config.model, status, written))
+        return result
 
     def _publish_best(self, engine: Engine) -> Checkpoint | None:
         """After an early stop the best checkpoint is the result, if it could be written; None: the last step is."""
@@ -582,9 +551,6 @@ class _Job:
             line = "stopping; Ctrl-C again leaves at once"
             self.reader.handle(Noted("stopping", line))
 
-        # nohup is meant to outlive its terminal.
-        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        handled = tuple(number for number in handled if number != signal.SIGHUP or not nohup)
         try:
             for number in handled:
                 loop.add_signal_handler(number, on_signal, number)

@@ -51,9 +51,7 @@ def run(
     **flags: Any,
 ) -> None:
     """Start a run, or go on with one."""
-    import asyncio
-
-    from coordinator.job import train as start
+    from coordinator.api import train as start
     from coordinator.view import ViewMode, make_view
     from node.hardware import facts
 
@@ -75,7 +73,7 @@ def run(
     if plan:
         _show_plan(options, make_view("quiet" if as_json else mode, facts().total_memory_bytes or 0), as_json=as_json)
         return
-    asyncio.run(start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume))
+    start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume)
 
 
 def _show_plan(options: TrainConfig, view: Reader, *, as_json: bool) -> None:
