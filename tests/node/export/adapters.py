@@ -28,6 +28,7 @@ def random_adapter(
 ) -> Path:
     """Write an adapter with weights large enough to change every answer."""
     model, _ = load_model(base)
+    mx.random.seed(1)  # LoRA's first weights are drawn: the same ones each time
     parameters: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": 0.0}
     if keys is not None:
         parameters["keys"] = keys
