@@ -149,13 +149,17 @@ async def _look(config: TrainConfig, reader: Reader, *, plan_only: bool) -> Sele
             f" {_reasons(selection.left_out)}"
         )
     for name, reason in selection.left_out:
-        reader.handle(Noted("left_out", f"{name} is left out: {reason}", "warning", {"node": name}))
+        reader.handle(_left_out(name, reason))
     if able:
         reader.handle(Noted("nodes", f"found {names} ({looked})", details={"nodes": [node.name for node in able]}))
         return selection
     if config.nodes != "local":
         reader.handle(Noted("nodes", f"no other node found ({looked}): training on this machine alone until one comes"))
     return selection if plan_only else None
+
+
+def _left_out(name: str, reason: str) -> Noted:
+    return Noted("left_out", f"{name} is left out: {reason}", "warning", {"node": name})
 
 
 def _reasons(left_out: Sequence[tuple[str, str]]) -> str:
@@ -564,8 +568,7 @@ class Fleet:
                 raise TandemError(f"no machine can take part: {why}")
             raise TooFewNodes(f"{left} of --min-nodes {self._wanted.config.min_nodes} machines can take part: {why}")
         for node in dropped:
-            line = f"{node.info.name} is left out: {node.problem}"
-            self._reader.handle(Noted("left_out", line, "warning", {"node": node.info.name}))
+            self._reader.handle(_left_out(node.info.name, node.problem))
 
     async def _let_go(self, node: _Node) -> None:
         if node in self._nodes:
@@ -647,7 +650,6 @@ class Fleet:
         info = dataclasses.replace(await client.describe(), name=seen.label or seen.name)
         node = _Node(dataclasses.replace(seen, info=info), client, info)
         self._preparing.append(node)
-        told = False
         try:
             reason = unusable(node.seen, facts())
             if reason:
@@ -656,26 +658,33 @@ class Fleet:
             self._check_worth(node)
             node.link = await client.open_worker(self._wanted.job.job, _owner())
             await self._be_ready_for(node)
-            self._reader.handle(Noted("preparing", f"preparing {info.name} to take part", details={"node": info.name}))
-            told = True
+            await self._make_ready(node)
+        except BaseException:
+            await self._let_go(node)
+            raise
+        finally:
+            self._preparing.remove(node)
+        self._ready[info.id] = node
+
+    async def _make_ready(self, node: _Node) -> None:
+        """Have a machine that is ours do all that takes part in a training, and say how it ended."""
+        name = node.info.name
+        details = {"node": name}
+        self._reader.handle(Noted("preparing", f"preparing {name} to take part", details=details))
+        try:
             await self._send_model([node])
             if node.problem:
                 raise NodeError(node.problem)
             await self._load_on(node)
             await self._probe_on(node)
             await self._weigh(node)
-            self._check_paired(seen)
-        except BaseException as error:
-            await self._let_go(node)
-            if told and isinstance(error, NotWorth):
-                self._reader.handle(Noted("stays_out", str(error), details={"node": info.name}))
-            elif told and isinstance(error, TandemError | OSError):
-                line = f"{info.name} cannot take part yet: {error}"
-                self._reader.handle(Noted("not_ready", line, details={"node": info.name}))
+            self._check_paired(node.seen)
+        except NotWorth as error:
+            self._reader.handle(Noted("stays_out", str(error), details=details))
             raise
-        finally:
-            self._preparing.remove(node)
-        self._ready[info.id] = node
+        except (TandemError, OSError) as error:
+            self._reader.handle(Noted("not_ready", f"{name} cannot take part yet: {error}", details=details))
+            raise
 
     def _check_worth(self, node: _Node) -> None:
         """See that a machine may be of use, before anything is sent there.

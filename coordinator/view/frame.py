@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from coordinator.stream import Advanced
 from coordinator.view.blocks import bar, plot
 from coordinator.view.fleet import fleet_lines
 from coordinator.view.format import (
@@ -20,7 +21,7 @@ from coordinator.view.format import (
     speed_text,
 )
 from coordinator.view.pressure import pressure_style
-from coordinator.view.state import RunState, Task, Validation
+from coordinator.view.state import RunState, Validation
 
 ARROWS = {"falling": ("↓", "green"), "flat": ("→", "dim"), "rising": ("↑", "yellow"), "unknown": ("", "")}
 LEVEL_STYLES = {"info": "dim", "warning": "yellow", "error": "bold red"}
@@ -90,9 +91,9 @@ def step_bar(state: RunState, width: int) -> Text:
     return Text.assemble((before, "bold"), (filled, "cyan"), (empty, "bright_black"), after)
 
 
-def task_bar(task: Task, width: int) -> Text:
+def task_bar(task: Advanced, width: int) -> Text:
     """A long task with its own bar, or a count where nobody knows how much there is."""
-    name = f"{one_line(task.name)} "
+    name = f"{one_line(task.task)} "
     if task.total <= 0:
         return Text.assemble((name, "bold"), amount_text(task.done, task.in_bytes) if task.done else "…")
     after = f" {amount_text(task.done, task.in_bytes)}/{amount_text(task.total, task.in_bytes)}"

@@ -38,16 +38,6 @@ class Validation:
     loss: float
 
 
-@dataclass(frozen=True)
-class Task:
-    """A long task under way; ``total`` 0 means that nobody knows how much there is."""
-
-    name: str
-    done: int
-    total: int
-    in_bytes: bool = False
-
-
 @dataclass
 class RunState:
     """A run as its events told it.
@@ -83,7 +73,7 @@ class RunState:
     validation: Validation | None = None
     best: Validation | None = None
     test: Tested | None = None
-    tasks: dict[str, Task] = field(default_factory=dict)
+    tasks: dict[str, Advanced] = field(default_factory=dict)
     notes: deque[Noted] = field(default_factory=lambda: deque(maxlen=8))
     warnings: deque[Noted] = field(default_factory=lambda: deque(maxlen=20))
     warning_count: int = 0
@@ -167,8 +157,8 @@ class RunState:
                 self.samples.append(event)
             case Tested():
                 self.test = event
-            case Advanced(task, done, total, in_bytes):
-                self._advance(Task(task, done, total, in_bytes))
+            case Advanced():
+                self._advance(event)
             case Noted(kind) if kind != FAILED:
                 self.notes.append(event)
                 if event.level != "info":
@@ -235,11 +225,11 @@ class RunState:
         if best:
             self.best = self.validation
 
-    def _advance(self, task: Task) -> None:
+    def _advance(self, task: Advanced) -> None:
         if 0 < task.total <= task.done:
-            self.tasks.pop(task.name, None)
+            self.tasks.pop(task.task, None)
         else:
-            self.tasks[task.name] = task
+            self.tasks[task.task] = task
 
 
 def _newer(value: object, before: float | None) -> float | None:
