@@ -9,9 +9,10 @@ from typing import Any
 from coordinator.config import TrainConfig
 from node.spec import FineTuneType, JobSpec, ModelSpec, OptimizerSpec, TuningSpec
 
-COPY_EVERY_STEPS = 10
+# What is done again where no worker survives, at most. Copies begin at half of it, each when the last one is whole.
+MOST_REPLAYED_STEPS = 10
 # Full fine-tuning writes its whole state while it waits, so it does so less often.
-COPY_EVERY_STEPS_FULL = 100
+MOST_REPLAYED_STEPS_FULL = 100
 
 
 def job_spec(config: TrainConfig, model: Path, run: str, folder: Path, cache_threshold: int) -> JobSpec:
@@ -42,7 +43,7 @@ def job_spec(config: TrainConfig, model: Path, run: str, folder: Path, cache_thr
             max_grad_norm=config.max_grad_norm,
             loraplus_ratio=config.loraplus_ratio,
         ),
-        copy_every=COPY_EVERY_STEPS_FULL if kind == "full" else COPY_EVERY_STEPS,
+        copy_every=MOST_REPLAYED_STEPS_FULL if kind == "full" else MOST_REPLAYED_STEPS // 2,
         clear_cache_threshold=cache_threshold,
     )
 

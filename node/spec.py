@@ -106,7 +106,7 @@ class JobSpec:
             node, which chooses it.
         seed: of the initial adapter weights, and part of every key of row randomness.
         tuning, optimizer: None when the job only evaluates, generates or fuses.
-        copy_every: steps between copies of the trainable state to disk.
+        copy_every: steps between copies of the trainable state to disk; each is whole before the next begins.
         clear_cache_threshold: bytes of MLX's cache above which it is cleared between steps; 0 leaves it alone.
     """
 

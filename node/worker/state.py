@@ -82,7 +82,10 @@ class Copier:
         self._thread.start()
 
     def copy(self, state: Published, *, requested: bool, generation: int = 0, steps: tuple[bytes, ...] = ()) -> None:
-        """Have this state written; waits while two older ones still are.
+        """Have this state written; waits while two older ones still are, and unless it was asked for, while any is.
+
+        So, however fast the steps are and however slow the disk is, there is a whole copy that is no older than two
+        intervals of those that nobody asks for.
 
         Args:
             state: to be written.
@@ -90,6 +93,8 @@ class Copier:
             generation: of the event that tells of it.
             steps: encoded ``StepDone`` events of the steps before, for the record.
         """
+        if not requested:
+            self.wait()
         self._waiting.put((state, requested, generation, steps))
 
     def wait(self) -> None:

@@ -24,7 +24,6 @@ INJECTED = Path(__file__).parent / "injected"
 ITERS = 120
 BATCH = 6
 TOLERANCE = 1e-4
-COPY_EVERY = 10
 LONGEST_RECOVERY_SECONDS = 30.0
 """Far above what is promised on a quiet machine: these tests run beside others. The soak prints the true figures."""
 

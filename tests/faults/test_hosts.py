@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.specs import MOST_REPLAYED_STEPS
 from tests.faults.harness import Fault, Inputs, Outcome, arguments, end, faulty, make_inputs
 from tests.fixtures.hosts import Host, hosts, hosts_available, switch_available
 from tests.fixtures.nodes import ServingNode
@@ -76,7 +77,7 @@ def test_the_coordinator_is_cut_off_and_comes_back(inputs: Inputs, tmp_path: Pat
             run.until(lambda event: event.get("kind") == "worker_lost")
             here.join()
             outcome = end(run, adapter)
-        outcome.check(inputs, replayed=20)
+        outcome.check(inputs, replayed=MOST_REPLAYED_STEPS)
 
 
 needs_switch = pytest.mark.skipif(switch_available() is not None, reason=str(switch_available()))

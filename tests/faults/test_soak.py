@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.specs import MOST_REPLAYED_STEPS
 from tests.faults.harness import arguments, end, make_inputs
 from tests.fixtures.nodes import ServingNode
 from tests.fixtures.processes import descendants
@@ -27,7 +28,6 @@ STEPS = int(os.environ.get("TANDEM_SOAK_STEPS", "1200"))
 SEED = int(os.environ.get("TANDEM_SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 10_000)
 EVERY_SECONDS = (8.0, 16.0)
 FROZEN_SECONDS = 5.0
-COPY_EVERY = 10
 NAMES = ("anna", "ben", "cleo")
 MOST_MEMORY_GAINED = 64 << 20
 MOST_FILES_GAINED = 24
@@ -134,7 +134,7 @@ def test_faults_one_after_the_other(tmp_path: Path) -> None:
         over.set()
         outcome = end(run, adapter)
         making.result()
-        outcome.check(inputs, replayed=COPY_EVERY * len(maker.done))
+        outcome.check(inputs, replayed=MOST_REPLAYED_STEPS * len(maker.done))
         seconds = [repair["seconds"] for repair in outcome.repairs]
         if seconds:
             print(f"{len(seconds)} repairs: median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import COPY_EVERY, Fault, Inputs, arguments, end, faulty, make_inputs, run_through
+from coordinator.specs import MOST_REPLAYED_STEPS
+from tests.faults.harness import Fault, Inputs, arguments, end, faulty, make_inputs, run_through
 from tests.fixtures.bending import BendingProxy, Direction
 from tests.fixtures.runs import Run, notes
 
@@ -36,7 +37,7 @@ def test_a_state_is_damaged_on_its_way(inputs: Inputs, tmp_path: Path, direction
         outcome = end(run, adapter)
     # TLS takes a connection with a bent byte for broken: whose it is is lost as well, and the run goes on.
     # anna was the last who had the newest state.
-    outcome.check(inputs, replayed=0 if bent == "ben" else COPY_EVERY)
+    outcome.check(inputs, replayed=0 if bent == "ben" else MOST_REPLAYED_STEPS)
     assert len(outcome.repairs) == 2
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.specs import MOST_REPLAYED_STEPS
 from tests.faults.harness import (
-    COPY_EVERY,
     Cable,
     Fault,
     Inputs,
@@ -81,7 +81,7 @@ def test_one_without_memory_comes_back_with_smaller_micro_batches(inputs: Inputs
 def test_all_die_at_once_and_the_last_copy_is_taken_up(inputs: Inputs, tmp_path: Path) -> None:
     kill = {"step": 37, "do": "kill worker"}
     outcome = run_through(inputs, tmp_path, {"anna": [kill], "ben": [kill]})
-    outcome.check(inputs, replayed=COPY_EVERY)
+    outcome.check(inputs, replayed=MOST_REPLAYED_STEPS)
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_the_only_machine_hangs_and_begins_anew(inputs: Inputs, tmp_path: Path, 
         outcome = run_through(inputs, tmp_path, {"anna": [fault]}, *more)
     # With copies that are never finished it trains on until the next one has to wait for the last: whether that is one
     # that it makes by itself or the next checkpoint depends on which of them the fault has met.
-    outcome.check(inputs, replayed=COPY_EVERY if what == "hang" else 40, seconds=120.0)
+    outcome.check(inputs, replayed=MOST_REPLAYED_STEPS, seconds=120.0)
     (repair,) = outcome.repairs
     expected = "alive, but has not finished step 23"
     if what == "hang copies":

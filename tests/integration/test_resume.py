@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from coordinator.api import train
 from coordinator.config import TrainConfig
 from coordinator.config_file import read_yaml, write_yaml
-from coordinator.specs import COPY_EVERY_STEPS
+from coordinator.specs import MOST_REPLAYED_STEPS
 from tests.fixtures.runs import Run, losses, notes, validations, write_chat_data
 
 # More steps than ten rounds of at most four can pass.
@@ -91,8 +91,8 @@ def test_ten_kills_at_random_times_leave_the_same_curve(inputs: Path, reference:
         run = Run("train", "--resume", "--adapter-path", folder) if resumable else Run(*command)
     code, errors = run.wait()
     assert code == 0, errors
-    # Five times a worker was killed; its copies are ten steps apart.
-    assert 0 < replayed < 5 * COPY_EVERY_STEPS
+    # Five times a worker was killed.
+    assert 0 < replayed <= 5 * MOST_REPLAYED_STEPS
     assert_same_curve(folder, reference)
 
 

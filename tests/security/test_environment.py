@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from node.client import NodeClient
-from node.environment import handed_down
+from node.environment import UNLESS_SET, handed_down
 from node.events import Joined, Ready
 from node.logs import KEPT_LOG_BYTES, MOST_LOG_BYTES
 from node.spec import JobSpec, ModelSpec, Setup
@@ -55,6 +55,12 @@ def test_only_what_is_listed_is_handed_down() -> None:
     found = handed_down({**wanted, **SECRETS})
     assert wanted.items() <= found.items()
     assert not set(SECRETS) & set(found)
+
+
+def test_the_heap_is_set_up_unless_somebody_did() -> None:
+    name = "MALLOC_TRIM_THRESHOLD_"
+    assert handed_down({})[name] == UNLESS_SET[name]
+    assert handed_down({name: "4096"})[name] == "4096"
 
 
 @needs_proc

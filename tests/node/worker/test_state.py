@@ -76,6 +76,30 @@ def test_a_copy_says_what_it_is_to_whoever_finds_it(tmp_path: Path, copied: tupl
     assert newest_copy(tmp_path) is None
 
 
+def test_a_copy_waits_for_the_one_before_unless_it_is_asked_for(tmp_path: Path) -> None:
+    disk, began = threading.Event(), threading.Event()
+    events: list[Event] = []
+
+    def emit(event: Event, _: int) -> None:
+        began.set()
+        assert disk.wait(20)
+        events.append(event)
+
+    copier = Copier(tmp_path, emit)
+    copier.copy(state(5), requested=False)
+    assert began.wait(20)
+    copier.copy(state(7), requested=True)
+    beyond = threading.Thread(target=copier.copy, args=(state(10),), kwargs={"requested": False})
+    beyond.start()
+    beyond.join(0.2)
+    assert beyond.is_alive(), "steps would be trained beyond two intervals of what is written"
+    disk.set()
+    beyond.join(20)
+    assert not beyond.is_alive()
+    copier.close()
+    assert [event.step for event in events if isinstance(event, Copied)] == [5, 7, 10]
+
+
 @pytest.mark.parametrize("damage", ["one bit", "cut short", "gone"])
 @pytest.mark.parametrize("which", ["weights", "optimizer"])
 def test_a_damaged_copy_is_refused(tmp_path: Path, damage: str, which: str) -> None:
