@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from node.errors import UserError
-from node.files import write_text_atomically
+from node.files import make_private_folder, write_text_atomically
 from node.names import HOST_AND_PORT, is_ip_address
 
 MOST = 64
@@ -72,6 +72,7 @@ def remember(home: Path, answered: Sequence[Remembered]) -> None:
     kept = {(known.fleet, known.address): known for known in _load_all(home)}
     kept.update({(known.fleet, known.address): known for known in answered})
     latest = sorted(kept.values(), key=lambda known: -known.seen)[:MOST]
+    make_private_folder(home)
     write_text_atomically(_file(home), json.dumps([asdict(known) for known in latest], indent=1, ensure_ascii=False))
 
 

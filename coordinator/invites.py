@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from node.errors import TandemError
-from node.files import write_private
+from node.files import make_private_folder, write_private
 from node.pairing.tokens import Token, is_token_id, new_token, password
 
 KEPT_SECONDS = 30 * 24 * 3600.0
@@ -65,7 +65,7 @@ class Invites:
         """
         token = new_token(mark)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private_folder(self._folder)
             self._tidy()
             self._write(Invite(token.id, self._now() + seconds, token.secret.hex()))
         except OSError as error:

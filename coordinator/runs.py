@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.home import registry
-from node.files import write_text_atomically
+from node.files import make_private_folder, write_text_atomically
 
 
 def new_id() -> str:
@@ -25,6 +25,7 @@ def record(run: str, **facts: Any) -> None:
     """
     path = _entry(run)
     known = read(run) or {"run": run}
+    make_private_folder(path.parent)
     write_text_atomically(path, json.dumps({**known, **facts}, indent=1, default=str) + "\n")
 
 

@@ -28,7 +28,7 @@ from node.client import NodeClient
 from node.errors import NodeError, TandemError, UserError, one_line
 from node.events import Condition
 from node.file_service import FileService
-from node.files import write_text_atomically
+from node.files import make_private_folder, write_text_atomically
 from node.hardware import describe, facts
 from node.home import holds, tidy_jobs
 from node.home import home as tandem_home
@@ -287,7 +287,7 @@ class Daemon:
 
     def _take_name(self) -> None:
         """Hold this name's lock for as long as the process lives: a pid in a file may be anybody's by now."""
-        self._record.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._record.parent)
         handle = os.open(self._record.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,6 +34,15 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
+def make_private_folder(folder: Path) -> None:
+    """Make a folder, with those above it that are missing; only their owner may enter what is made here."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:
+        make_private_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to; on success it is synced and takes the name, else it goes."""

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from node.copies import StateCopy, newest_copy, read_record, write_record
 from node.errors import UserError
-from node.files import link_or_copy, sync_folder
+from node.files import link_or_copy, make_private_folder, sync_folder
 from node.identity import ID_CHARACTERS
 from node.info import StoredFile
 
@@ -83,7 +83,7 @@ class Holds:
             held = self.find(run, owner)
             if held is not None and held.step > copy.step:
                 return held
-            target.mkdir(parents=True, exist_ok=True)
+            make_private_folder(target)
             kept = dataclasses.replace(
                 copy, weights=_renamed(copy, copy.weights), optimizer=_renamed(copy, copy.optimizer)
             )
@@ -170,7 +170,7 @@ class Holds:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One at a time, of all programs of this ``TANDEM_HOME``."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._folder)
         handle = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from node.errors import TandemError, UserError
-from node.files import sync_folder, write_private
+from node.files import make_private_folder, sync_folder, write_private
 from node.hardware import Read, Run, read_text, run_text
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def credentials(home: Path) -> Credentials:
 def _prepare(folder: Path, system: str, run: Run, read: Read) -> bytes:
     """Have key, certificate and secret there; the public key in DER."""
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(folder)
         folder.chmod(0o700)
         with _locked(folder / "lock"):
             machine = _machine_digest(system, run, read)

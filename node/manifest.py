@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from node.errors import UserError
-from node.files import CHUNK_BYTES, write_text_atomically
+from node.files import CHUNK_BYTES, make_private_folder, write_text_atomically
 from node.info import Manifest, StoredFile
 
 Progress = Callable[[int, int], None]
@@ -201,6 +201,7 @@ class _Digests:
     def save(self) -> None:
         if self._fresh:
             kept = {path: entry for path, entry in self._load().items() if Path(path).exists()}
+            make_private_folder(self._cache.parent)
             write_text_atomically(self._cache, json.dumps({**kept, **self._fresh}, indent=0))
 
     def _load(self) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from node.files import write_text_atomically
+from node.files import make_private_folder, write_text_atomically
 from node.hardware import Run, run_text
 from node.info import Battery
 
@@ -76,6 +76,7 @@ class Owner:
     def pause(self, *, paused: bool) -> None:
         """Take no further jobs, or take them again."""
         if paused:
+            make_private_folder(self._mark.parent)
             write_text_atomically(self._mark, "")
         else:
             self._mark.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from node.errors import TandemError, UserError
-from node.files import sync_folder, write_private
+from node.files import make_private_folder, sync_folder, write_private
 from node.identity import ID_CHARACTERS, Credentials
 
 NAME_CHARACTERS = 80
@@ -156,7 +156,7 @@ class Peers:
         clean = "".join(character for character in name if character.isprintable())[:NAME_CHARACTERS].strip()
         peer = Peer(home_of(certificate), clean or "a machine", certificate.decode(), time.time())
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private_folder(self._folder)
             write_private(self._folder / f"{peer.home}.json", f"{json.dumps(asdict(peer), indent=2)}\n".encode())
         except OSError as error:
             raise TandemError(f"{self._folder}: who was paired cannot be kept there: {error.strerror}") from error

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from node import manifest as manifests
 from node.errors import TandemError
-from node.files import CHUNK_BYTES, sync_folder, write_text_atomically
+from node.files import CHUNK_BYTES, make_private_folder, sync_folder, write_text_atomically
 from node.info import Manifest, StoredFile
 from node.sizes import show_size
 
@@ -179,7 +179,7 @@ class Arriving:
         os.fchmod(handle, 0o444)
         os.utime(handle, ns=(_VERIFIED_NS, _VERIFIED_NS))
         target = self._store.blob(self._file.sha256)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(target.parent)
         self._path.replace(target)
         sync_folder(target.parent)
         self.close()
@@ -308,7 +308,7 @@ class Store:
         """
         path = self._partial(file.sha256)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path.parent)
             doubtful = self.blob(file.sha256)
             if doubtful.is_symlink():
                 doubtful.unlink()  # nothing of ours: its target is not touched
@@ -354,6 +354,7 @@ class Store:
         digest = manifests.digest(manifest)
         path = self._manifest_path(digest)
         if not path.exists():
+            make_private_folder(path.parent)
             write_text_atomically(path, manifests.to_json(manifest))
         return digest
 
@@ -389,6 +390,7 @@ class Store:
         if state.st_size != file.size:
             raise TandemError(f"{path}: {state.st_size} bytes instead of {file.size}; it has changed, start again")
         pointer = {"path": str(real), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+        make_private_folder(self._pointer(file.sha256).parent)
         write_text_atomically(self._pointer(file.sha256), json.dumps(pointer))
 
     def manifest(self, digest: str) -> Manifest | None:
@@ -405,7 +407,7 @@ class Store:
             return None
         targets = {file.name: self.locate(file.sha256, file.size) for file in manifest.files}
         folder = self._folder / "models" / digest
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         for name, target in targets.items():
             if target is None:
                 return None

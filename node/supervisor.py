@@ -22,7 +22,7 @@ from node.channel import AsyncChannel
 from node.environment import handed_down
 from node.errors import OutOfMemory, TandemError, UserError, WorkerError, WorkerLost, mentions_memory
 from node.events import Addend, Digested, Event, Failed, Joined, Restored, RingFailed
-from node.files import link_or_copy
+from node.files import link_or_copy, make_private_folder
 from node.logs import bound_log
 from node.spec import FileRef, Request, Stop
 from tandem.v1 import worker_pb2
@@ -109,7 +109,7 @@ class LocalWorker:
     @classmethod
     async def start(cls, folder: Path, environment: Mapping[str, str] | None = None) -> Self:
         """Spawn a worker whose output goes to ``worker.log`` in ``folder``, with these further variables."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         log = folder / LOG_NAME
         ours, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:

@@ -15,7 +15,7 @@ from coordinator.data.formats import SHAREGPT_KEY
 from coordinator.data.rows import Features
 from coordinator.data.source import STANDARD, DataFile, DataSource, Split, local_source
 from node.errors import UserError, one_line
-from node.files import replacing
+from node.files import make_private_folder, replacing
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -239,6 +239,7 @@ def _export(dataset: Any, label: str, features: Features, cache: Path, progress:
 def _write_rows(dataset: Any, file: Path, task: str, progress: Progress) -> None:
     total = len(dataset)
     progress(task, 0, total)
+    make_private_folder(file.parent)
     with replacing(file) as partial, partial.open("w", encoding="utf-8") as out:
         for start in range(0, total, READ_ROWS):
             for row in dataset.select(range(start, min(start + READ_ROWS, total))):

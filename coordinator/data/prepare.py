@@ -21,7 +21,7 @@ from coordinator.data.tokenise import RowTokeniser, TokeniseOptions
 from coordinator.data.tokenizer import TOKENIZER_FILES, load_tokenizer, vocabulary_size
 from coordinator.data.tokenset import FORMAT_VERSION, DamagedTokenSet, TokenSet, TokenSetWriter
 from node.errors import UserError
-from node.files import CHUNK_BYTES, sync_folder
+from node.files import CHUNK_BYTES, make_private_folder, sync_folder
 from node.jsons import read_json
 
 Progress = Callable[[str, int, int], None]
@@ -117,7 +117,7 @@ class _Preparer:
             return None
 
     def _build(self, folder: Path, split: Split, files: tuple[DataFile, ...], rows: int) -> TokenSet:
-        self.cache.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.cache)
         _remove_stale(self.cache)
         partial = Path(tempfile.mkdtemp(prefix=BUILDING, dir=self.cache))
         try:

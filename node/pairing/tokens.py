@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from node.errors import TandemError, UserError
-from node.files import write_private
+from node.files import make_private_folder, write_private
 
 ID_BYTES, SECRET_BYTES, INVITER_BYTES, CHECK_BYTES = 5, 16, 10, 4
 _GROUP = 8
@@ -106,7 +106,7 @@ class Joined:
             TandemError: it cannot be kept.
         """
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private_folder(self._folder)
             write_private(self._folder / token.id, b"")
         except OSError as error:
             raise TandemError(f"{self._folder}: used tokens cannot be kept there: {error.strerror}") from error
