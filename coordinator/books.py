@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator import runs
 from coordinator.config import TrainConfig
 from coordinator.config_file import write_yaml
 from coordinator.runfolder import Recorder, RunFolder, read_json_lines
+from coordinator.running import index
+from coordinator.running.figures import last_figures
 from coordinator.specs import adapter_config
-from coordinator.stream import Broadcast, Noted, RunFinished
+from coordinator.stream import FAILED, STOPPED, Broadcast, Noted, RunFinished
 from coordinator.view.report import write_report
 from coordinator.view.reporters import make_reporters
 from node.files import write_text_atomically
@@ -87,8 +90,9 @@ class Books:
             write_report(self._folder.report, self._folder.path, dict(lines), status=status, commands=commands)
         except OSError as error:
             self._reader.handle(Noted("warning", f"cannot write {self._folder.report}: {error.strerror}", "warning"))
-        losses = [entry["loss"] for entry in read_json_lines(self._folder.metrics) if "loss" in entry]
-        self._register(status=status, final_loss=losses[-1] if losses else None)
+        said = next((value for label, value in lines if label in (FAILED, STOPPED)), None)
+        figures = last_figures(self._folder.metrics)
+        self._register(status=status, message=said, ended=time.time(), **dataclasses.asdict(figures))
 
     def _open(self) -> None:
         self.opened = True
@@ -100,7 +104,16 @@ class Books:
             self._config.report_to, self._config.project_name, self._folder.path, values, self._reader.handle
         ):
             self._reader.add(reporter)
-        self._register(status="running", model=self._config.model, data=self._config.data)
+        steps = None if self._config.iters is None else -(-self._config.iters // self._config.grad_accumulation_steps)
+        self._register(
+            status="running",
+            pid=os.getpid(),
+            model=self._config.model,
+            data=self._config.data,
+            total_steps=steps,
+            message=None,
+            ended=None,
+        )
 
     def _after_archiving(self, config: TrainConfig, archived: Path | None) -> TrainConfig:
         """The options with the adapter that the run begins from where it is now."""
@@ -120,6 +133,6 @@ class Books:
 
     def _register(self, **values: Any) -> None:
         try:
-            runs.record(self._run, folder=str(self._folder.path.resolve()), **values)
+            index.record(self._run, folder=str(self._folder.path.resolve()), **values)
         except OSError as error:
             self._reader.handle(Noted("warning", f"the registry cannot be written: {error.strerror}", "warning"))

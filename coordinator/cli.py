@@ -10,6 +10,10 @@ from node.clikit import LazyCommand, LazyGroup, run_cli
 
 COMMANDS = {
     "train": LazyCommand("coordinator.commands.train:train", "Fine-tune a model."),
+    "watch": LazyCommand("coordinator.commands.watch:watch", "Show a run that is at work elsewhere, as train does."),
+    "stop": LazyCommand("coordinator.commands.stop:stop", "Stop a run: it saves and ends."),
+    "status": LazyCommand("coordinator.commands.status:status", "What runs now, here."),
+    "runs": LazyCommand("coordinator.commands.runs:runs", "Runs that are and were: list, show, compare, rm."),
     "test": LazyCommand("coordinator.commands.test:test", "Loss and perplexity of a test set."),
     "generate": LazyCommand("coordinator.commands.generate:generate", "Text from a model, with or without an adapter."),
     "fuse": LazyCommand("coordinator.commands.fuse:fuse", "Merge an adapter; export GGUF or PEFT; upload."),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from node.home import holds, home, new_job_folder
 
-__all__ = ["holds", "home", "new_job_folder", "registry", "token_cache"]
+__all__ = ["holds", "home", "new_job_folder", "registry", "token_cache", "working"]
 
 
 def token_cache() -> Path:
@@ -17,3 +17,8 @@ def token_cache() -> Path:
 def registry() -> Path:
     """One small file for each run."""
     return home() / "runs"
+
+
+def working() -> Path:
+    """One lock for each run that a process is at work on."""
+    return home() / "working"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator import runs
 from coordinator.alone import Alone
 from coordinator.books import Books
 from coordinator.checkpoint import Checkpoint, Checkpoints, Progress
@@ -36,6 +35,8 @@ from coordinator.program import Program
 from coordinator.prompts import Prompter, sample_prompts
 from coordinator.regroup import Muster
 from coordinator.runfolder import RunFolder, read_json_lines
+from coordinator.running.index import new_id
+from coordinator.running.presence import present
 from coordinator.shares import Evaluation, StepSource
 from coordinator.specs import job_spec
 from coordinator.stream import (
@@ -107,13 +108,17 @@ async def plan(config: TrainConfig, view: Reader) -> Plan:
         return job.fleet.plan
 
 
-async def train(config: TrainConfig, view: Reader, *, resume: bool = False) -> RunResult:
+async def train(
+    config: TrainConfig, view: Reader, *, resume: bool = False, run: str | None = None, log: Path | None = None
+) -> RunResult:
     """Run a training.
 
     Args:
         config: all options.
         view: shows the run; closed when it ends.
         resume: go on with the run in the adapter folder, from the newest state that anyone holds.
+        run: the id of a new run; one is made when it is None.
+        log: where the view writes when nobody sees it, for those who ask.
 
     Raises:
         UserError: a mistake in what was asked for; nothing was written.
@@ -121,7 +126,7 @@ async def train(config: TrainConfig, view: Reader, *, resume: bool = False) -> R
         TandemError: the run failed.
     """
     with contextlib.closing(Broadcast([view])) as reader:
-        result = await _Job(config, reader, view, resume).run()
+        result = await _Job(config, reader, view, resume, run, log).run()
         assert result is not None
         return result
 
@@ -129,15 +134,24 @@ async def train(config: TrainConfig, view: Reader, *, resume: bool = False) -> R
 class _Job:
     """One run in the making: what each stage finds out, for the stages after it."""
 
-    def __init__(self, config: TrainConfig, reader: Broadcast, view: Reader, resume: bool) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        reader: Broadcast,
+        view: Reader,
+        resume: bool,
+        run: str | None = None,
+        log: Path | None = None,
+    ) -> None:
         self.config = config
         self.reader = reader
         self.view = view
         self.resume = resume
         self.folder = RunFolder(Path(config.adapter_path))
         self.stop = asyncio.Event()
-        self.run_id = (self.folder.run_id() if resume else None) or runs.new_id()
+        self.run_id = (self.folder.run_id() if resume else None) or run or new_id()
         self.work_folder = new_job_folder(self.run_id)
+        self.log = log
         self.plan_only = False
         self.selection: Selection | None = None
         self.fleet: Fleet | None = None
@@ -147,10 +161,10 @@ class _Job:
 
     async def run(self) -> RunResult | None:
         """Do all of it; None where only the plan was asked for."""
-        with self._signals(), Awake() as awake:
+        check_options(self.config, resume=self.resume)
+        with self._signals() as heeded, self._seen(heeded), Awake() as awake:
             if awake.trouble:
                 self.reader.handle(Noted("awake", awake.trouble, "warning"))
-            check_options(self.config, resume=self.resume)
             # While the model is looked for, so are the nodes.
             async with looking(self.config, self.reader, plan_only=self.plan_only) as nodes:
                 resolving = asyncio.create_task(
@@ -536,8 +550,25 @@ class _Job:
         return Interrupted(line)
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """First Ctrl-C: finish the running step, save, end. Second: leave at once; what is on disk is whole."""
+    def _seen(self, signals: bool) -> Iterator[None]:
+        """Other terminals see that this process is at work on the run, and whether it heeds signals."""
+        with contextlib.ExitStack() as stack:
+            if not self.plan_only:
+                try:
+                    stack.enter_context(
+                        present(self.run_id, self.folder.path, self.config.model, signals=signals, log=self.log)
+                    )
+                except OSError as error:
+                    line = f"{error.filename} cannot be written ({error.strerror}): no other terminal sees this run"
+                    self.reader.handle(Noted("warning", line, "warning"))
+            yield
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[bool]:
+        """First Ctrl-C: finish the running step, save, end. Second: leave at once; what is on disk is whole.
+
+        Gives whether signals reach us.
+        """
         loop = asyncio.get_running_loop()
         handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -548,7 +579,8 @@ class _Job:
                 self.view.close()
                 os._exit(Interrupted.exit_code)
             self.stop.set()
-            line = "stopping; Ctrl-C again leaves at once"
+            typed = number == signal.SIGINT
+            line = "stopping; Ctrl-C again leaves at once" if typed else "stopping: the step is finished and saved"
             self.reader.handle(Noted("stopping", line))
 
         try:
@@ -556,10 +588,10 @@ class _Job:
                 loop.add_signal_handler(number, on_signal, number)
         except (RuntimeError, ValueError):
             # Not in the main thread (a notebook, a test): Ctrl-C is not ours there.
-            yield
+            yield False
             return
         try:
-            yield
+            yield True
         finally:
             for number in handled:
                 loop.remove_signal_handler(number)

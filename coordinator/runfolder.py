@@ -9,6 +9,7 @@ previous/ID/                   the files of older runs
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -20,7 +21,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.stream import Noted, RunEvent, RunFinished, RunStarted, Sampled, StepFinished, Tested, Validated
+from coordinator.stream import (
+    FleetFormed,
+    Noted,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    StepFinished,
+    Tested,
+    Validated,
+)
 from node.errors import UserError
 from node.files import write_text_atomically
 
@@ -34,6 +45,8 @@ OURS = (
     "run.json",
     "report.html",
 )
+STARTED_FACTS = ("name", "total_iters", "total_steps", "first_step", "facts")
+"""What `events.jsonl` says of a beginning, so that a run can be shown by who reads its files."""
 _NUMBERED = re.compile(r"\d{7}_adapters\.safetensors")
 
 
@@ -136,14 +149,19 @@ class RunFolder:
         mark = {"run": run, "started": time.time(), "data_digest": data_digest}
         write_text_atomically(self.path / "run.json", json.dumps(mark) + "\n")
 
+    def files(self) -> list[Path]:
+        """What a run has written here; folders among it."""
+        found = [self.path / name for name in OURS if (self.path / name).exists()]
+        numbered = (path for path in self.path.glob("*_adapters.safetensors") if _NUMBERED.fullmatch(path.name))
+        return [*found, *sorted(numbered)]
+
     def archive(self) -> Path | None:
         """Move the files of an older run out of the way.
 
         Returns:
             The folder they are in now, or None when there were none.
         """
-        old = [self.path / name for name in OURS if (self.path / name).exists()]
-        old += sorted(path for path in self.path.glob("*_adapters.safetensors") if _NUMBERED.fullmatch(path.name))
+        old = self.files()
         if not old:
             return None
         name = self.run_id() or time.strftime("before-%Y%m%d-%H%M%S")
@@ -211,8 +229,12 @@ class Recorder:
         if isinstance(event, RunStarted):
             kind = "started" if event.first_step == 1 else "resumed"
             entry = {"kind": kind, "message": f"{kind} at step {event.first_step}", "level": "info", "run": event.run}
+            entry |= {name: getattr(event, name) for name in STARTED_FACTS}
+        elif isinstance(event, FleetFormed):
+            entry = {"kind": "fleet", "message": event.lines[0] if event.lines else "", "level": "info"}
+            entry |= dataclasses.asdict(event)
         elif isinstance(event, RunFinished):
-            entry = {"kind": "finished", "message": event.status, "level": "info", "status": event.status}
+            entry = {"kind": "finished", "message": event.status, "level": "info", **dataclasses.asdict(event)}
         elif isinstance(event, Noted):
             entry = {"kind": event.kind, "message": event.message, "level": event.level, **event.details}
         elif isinstance(event, Sampled):

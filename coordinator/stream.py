@@ -187,7 +187,7 @@ class Broadcast:
 
     def __init__(self, readers: Iterable[Reader] = ()) -> None:
         self._readers = list(readers)
-        self._notes: list[Noted] = []
+        self._notes: list[Noted | FleetFormed] = []
 
     def add(self, reader: Reader) -> None:
         """Hand events to this one too, after what was noted so far."""
@@ -199,7 +199,7 @@ class Broadcast:
         """See ``Reader``."""
         if isinstance(event, RunStarted):
             self._notes = []
-        elif isinstance(event, Noted) and len(self._notes) < NOTES_KEPT:
+        elif isinstance(event, Noted | FleetFormed) and len(self._notes) < NOTES_KEPT:
             self._notes.append(event)
         for reader in list(self._readers):
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from coordinator.resume import resumed_config
 from coordinator.stream import FleetFormed, Reader, RunEvent
 from node.errors import UserError
 
+if TYPE_CHECKING:
+    from coordinator.view import ViewMode
+
 HELP = """Fine-tune a model.
 
 A pasted mlx_lm.lora command line works, and so does its YAML file with -c. Flags win over the file.
@@ -25,6 +28,7 @@ Examples:
   coordinator train -c lora.yaml --batch-size 8
   coordinator train --model mlx-community/Qwen3-8B-4bit --nodes auto --plan
   coordinator train --resume --adapter-path adapters
+  coordinator train -c lora.yaml --detach
 """
 
 _HEADINGS = {
@@ -32,6 +36,7 @@ _HEADINGS = {
     "config": "Model and data",
     "resume": "Training",
     "plan": "Machines",
+    "detach": "Output",
     "quiet": "Output",
     "as_json": "Output",
     "plain": "Output",
@@ -46,13 +51,14 @@ def run(
     as_json: bool,
     plain: bool,
     plan: bool,
+    detach: bool,
     train: bool,
     wandb: str | None,
     **flags: Any,
 ) -> None:
     """Start a run, or go on with one."""
     from coordinator.api import train as start
-    from coordinator.view import ViewMode, make_view
+    from coordinator.view import make_view
     from node.hardware import facts
 
     if wandb:
@@ -67,13 +73,34 @@ def run(
             f" {options.adapter_path}; to train anew and test then, add --train"
         )
     mode: ViewMode = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
-    if plan and resume:
-        raise UserError("--plan and --resume exclude each other; give one of them")
+    for other, given in (("--resume", resume), ("--detach", detach)):
+        if plan and given:
+            raise UserError(f"--plan and {other} exclude each other; give one of them")
     pair_before_training(options.nodes, may_ask=mode in ("auto", "plain"))
     if plan:
         _show_plan(options, make_view("quiet" if as_json else mode, facts().total_memory_bytes or 0), as_json=as_json)
         return
+    if detach:
+        _detach(options, mode, resume=resume)
+        return
     start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume)
+
+
+def _detach(options: TrainConfig, mode: ViewMode, *, resume: bool) -> None:
+    """Have the run go on without this terminal."""
+    import dataclasses
+    import json
+
+    from coordinator.running.detach import detach
+
+    started = detach(options, resume=resume, say=click.echo if mode in ("auto", "plain") else lambda _: None)
+    if mode == "json":
+        click.echo(json.dumps(dataclasses.asdict(started), default=str))
+        return
+    click.echo(f"run {started.run} goes on without this terminal (process {started.pid})")
+    click.echo(f"  watch it  coordinator watch {started.run}")
+    click.echo(f"  stop it   coordinator stop {started.run}")
+    click.echo(f"  its log   {started.log}")
 
 
 def _show_plan(options: TrainConfig, view: Reader, *, as_json: bool) -> None:
@@ -123,6 +150,7 @@ train = GroupedCommand(
         *config_options(),
         click.Option(["--resume"], is_flag=True, help="Go on with the run in --adapter-path, exactly."),
         click.Option(["--plan"], is_flag=True, help="Measure the machines, print who would do what, and stop."),
+        click.Option(["--detach"], is_flag=True, help="Train in the background; return when training has begun."),
         click.Option(["--quiet"], is_flag=True, help="Print errors and the result only."),
         click.Option(["--plain"], is_flag=True, help="Print lines even in a terminal."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object per event."),

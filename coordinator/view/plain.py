@@ -212,24 +212,24 @@ class JsonView:
         values = {**values.pop("metrics", {}), **values}
         for name in ("history", "recovered"):
             values.pop(name, None)
-        self._writer.write(json.dumps(_plain({"event": EVENT_NAMES[type(event)], **values}), allow_nan=False))
+        self._writer.write(json.dumps(jsonable({"event": EVENT_NAMES[type(event)], **values}), allow_nan=False))
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can say, with anything else as text."""
+def jsonable(value: Any) -> Any:
+    """What JSON can say, with anything else as text; what is not finite is None."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {str(key): _plain(held) for key, held in value.items()}
+            return {str(key): jsonable(held) for key, held in value.items()}
         case list() | tuple():
-            return [_plain(held) for held in value]
+            return [jsonable(held) for held in value]
         case None | bool() | int() | str():
             return value
         case FleetMember():
-            return _plain(dataclasses.asdict(value))
+            return jsonable(dataclasses.asdict(value))
         case _:
             return str(value)

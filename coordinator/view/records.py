@@ -95,7 +95,7 @@ def read_run(folder: Path) -> RunRecord:
     record.validations = sorted(validations.items())
     for event in _rows(folder / "events.jsonl", record):
         (record.samples if event.get("kind") == "sample" else record.events).append(event)
-    record.config = _config(folder / "config.yaml")
+    record.config = read_options(folder / "config.yaml")
     return record
 
 
@@ -141,7 +141,8 @@ def _rows(path: Path, record: RunRecord) -> Iterator[dict[str, Any]]:
                 record.broken_lines += 1
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in a run's ``config.yaml``; empty where there are none."""
     import yaml
 
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import runs, stream
+from coordinator import stream
 from coordinator.runfolder import Recorder, RunFolder, read_json_lines
 from coordinator.stream import Advanced, Noted, RunFinished, RunStarted, Sampled, StepFinished, Validated
 from node.errors import UserError
@@ -156,13 +156,3 @@ def test_a_disk_that_cannot_be_written_is_told_once(folder: RunFolder) -> None:
     assert [entry["step"] for entry in read_json_lines(folder.metrics)] == [1, 2, 3, 4], "nothing is missing"
     assert len(complaints) == 2
     assert complaints[1] == f"{folder.path} can be written again; nothing is missing"
-
-
-def test_the_registry() -> None:
-    first, second = runs.new_id(), runs.new_id()
-    assert first != second
-    assert runs.read(first) is None
-    runs.record(first, folder="f", status="running")
-    runs.record(first, status="done", final_loss=1.5)
-    assert runs.read(first) == {"run": first, "folder": "f", "status": "done", "final_loss": 1.5}
-    assert runs.read(second) is None

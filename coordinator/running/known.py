@@ -1,0 +1,212 @@
+"""What is known of a run, from the index, its process and its files; and which run a person means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.runfolder import RunFolder
+from coordinator.running import index, presence
+from coordinator.running.figures import Figures, last_figures
+from coordinator.running.presence import Presence
+from coordinator.view.format import finite, number
+from node.errors import UserError
+
+LAST = "last"
+ENDED = ("done", "stopped_early", "interrupted", "failed")
+STATES = {
+    "preparing": "preparing",
+    "running": "running",
+    "done": "done",
+    "stopped_early": "stopped early",
+    "interrupted": "stopped",
+    "failed": "failed",
+    "broken_off": "broken off",
+    "unknown": "unknown",
+}
+"""States as people read them. Broken off is a run whose process is gone without having said how it ended."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A run.
+
+    Attributes:
+        run: its id.
+        folder: that it wrote to, absolute.
+        place: where its files are now, or None.
+        missing: why they are nowhere, or "".
+        model, data: as they were given, or "".
+        state: one of ``STATES``.
+        figures: its last ones.
+        total_steps: planned, or None.
+        began, ended: seconds since 1970, or None.
+        message: why it ended before its end, or "".
+        holder: the process that is at work on it, or None.
+        log: what it said, when it had no terminal, or None.
+        indexed: whether it stands in the index.
+    """
+
+    run: str
+    folder: Path
+    place: Path | None
+    missing: str
+    model: str
+    data: str
+    state: str
+    figures: Figures
+    total_steps: int | None
+    began: float | None
+    ended: float | None
+    message: str
+    holder: Presence | None
+    log: Path | None
+    indexed: bool
+
+    @property
+    def resumable(self) -> bool:
+        """Whether ``--resume`` could go on with it where it is."""
+        return self.state in ("interrupted", "failed", "broken_off") and self.place == self.folder
+
+
+def known_runs() -> tuple[list[Known], tuple[Path, ...]]:
+    """All runs, the oldest first, and the files of the index that cannot be read."""
+    found = index.read_all()
+    working = {holder.run: holder for holder in presence.find_all()}
+    runs = [_known(entry, working.pop(entry["run"], None)) for entry in found.entries]
+    runs += [_known({"run": holder.run}, holder) for holder in working.values()]  # they prepare, or cannot write it
+    return runs, found.broken
+
+
+def resolve(wanted: str) -> Known:
+    """The run that a person means.
+
+    Args:
+        wanted: ``last``, an id, its beginning, or a folder.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    runs, broken = known_runs()
+    if wanted == LAST:
+        if not runs:
+            raise UserError("there is no run yet; coordinator train begins one")
+        return runs[-1]
+    for run in runs:
+        if run.run == wanted:
+            return run
+    for path in broken:
+        if path.stem == wanted:
+            raise UserError(f"run {wanted}: {path} cannot be read; coordinator runs rm {wanted} removes it")
+    here = _of_folder(Path(wanted).expanduser().resolve(), runs)
+    if here is not None:
+        return here
+    fitting = [run for run in runs if run.run.startswith(wanted)] if wanted else []
+    if len(fitting) > 1:
+        raise UserError(f"{wanted} may be {_some([run.run for run in fitting])}; write more of the id")
+    if not fitting:
+        raise UserError(f"{wanted or repr(wanted)}: no such run, and no folder of one; coordinator runs lists them")
+    return fitting[0]
+
+
+def find_place(run: str, folder: Path) -> Path | None:
+    """Where a run's files are: in its folder, or where a later run there moved them; None: nowhere."""
+    if RunFolder(folder).run_id() == run:
+        return folder
+    moved = sorted((folder / "previous").glob(f"{run}*"))
+    return next((path for path in moved if RunFolder(path).run_id() == run), None)
+
+
+def _of_folder(folder: Path, runs: Sequence[Known]) -> Known | None:
+    """The run whose files a folder holds; where it holds none, the last that was to write there."""
+    run = RunFolder(folder).run_id()
+    if run is None:
+        return next((one for one in reversed(runs) if one.folder == folder), None)
+    for one in runs:
+        if one.run == run and folder in (one.folder, one.place):
+            return one
+    # Of another TANDEM_HOME, or copied here.
+    return _known({"run": run, "folder": str(folder)}, None, indexed=False)
+
+
+def _known(entry: dict[str, Any], holder: Presence | None, *, indexed: bool = True) -> Known:
+    run = entry["run"]
+    folder = Path(holder.folder if holder is not None else str(entry.get("folder", "")))
+    place = find_place(run, folder)
+    figures = _figures(entry)
+    if place is not None and (figures.steps is None or holder is not None or entry.get("status") not in ENDED):
+        figures = last_figures(RunFolder(place).metrics)
+    log = index.log_path(run)
+    return Known(
+        run=run,
+        folder=folder,
+        place=place,
+        missing="" if place is not None else _why_missing(folder, entry),
+        model=str(entry.get("model") or (holder.model if holder is not None else "")),
+        data=str(entry.get("data") or ""),
+        state=_state(entry, holder, place),
+        figures=figures,
+        total_steps=_whole(entry.get("total_steps")),
+        began=finite(entry.get("began")) or (holder.since if holder is not None else _began(place)),
+        ended=finite(entry.get("ended")) if holder is None else None,
+        message=str(entry.get("message") or "") if holder is None else "",
+        holder=holder,
+        log=log if log.exists() else None,
+        indexed=indexed,
+    )
+
+
+def _state(entry: dict[str, Any], holder: Presence | None, place: Path | None) -> str:
+    status = entry.get("status")
+    if holder is not None:
+        return "running" if status == "running" and entry.get("pid") == holder.pid else "preparing"
+    if status is None:  # not in the index: its files may tell
+        return _last_word(place) if place is not None else "unknown"
+    return status if status in ENDED else "broken_off"
+
+
+def _last_word(place: Path) -> str:
+    """How a run ended by its own events."""
+    from coordinator.runfolder import read_json_lines
+
+    for event in reversed(read_json_lines(RunFolder(place).events)):
+        if event.get("kind") == "finished":
+            return str(event.get("status")) if event.get("status") in ENDED else "unknown"
+        if event.get("kind") in ("started", "resumed"):
+            return "broken_off"
+    return "unknown"
+
+
+def _why_missing(folder: Path, entry: dict[str, Any]) -> str:
+    if entry.get("status") is None or entry.get("opened") is False:
+        return "nothing was written yet"
+    if not folder.exists():
+        return f"{folder} was deleted or moved"
+    return f"{folder} no longer holds its files"
+
+
+def _figures(entry: dict[str, Any]) -> Figures:
+    return Figures(_whole(entry.get("steps")), number(entry.get("final_loss")), number(entry.get("final_val_loss")))
+
+
+def _began(place: Path | None) -> float | None:
+    if place is None:
+        return None
+    try:
+        content = json.loads((place / "run.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return finite(content.get("started")) if isinstance(content, dict) else None
+
+
+def _whole(value: object) -> int | None:
+    found = finite(value)
+    return None if found is None else int(found)
+
+
+def _some(words: Sequence[str], most: int = 4) -> str:
+    shown = ", ".join(words[:most])
+    return shown if len(words) <= most else f"{shown} and {len(words) - most} more"

@@ -1,0 +1,57 @@
+"""Removing runs: from the index, and what they wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from coordinator.home import holds
+from coordinator.runfolder import RunFolder
+from coordinator.running import index
+from coordinator.running.known import Known
+from node.errors import TandemError, UserError
+
+
+def written_files(run: Known) -> list[Path]:
+    """What a run wrote to its folder and is there still; nothing that is anybody else's."""
+    return RunFolder(run.place).files() if run.place is not None else []
+
+
+def remove(run: Known, *, files: bool) -> None:
+    """Forget a run.
+
+    Args:
+        run: not at work.
+        files: whether what it wrote goes, too.
+
+    Raises:
+        UserError: it is at work.
+        OSError: something cannot be removed.
+    """
+    if run.holder is not None:
+        raise UserError(f"run {run.run} is at work (process {run.holder.pid}); first coordinator stop {run.run}")
+    if files and run.place is not None:
+        folder = RunFolder(run.place)
+        folder.lock()
+        try:
+            if folder.run_id() == run.run:
+                _delete(written_files(run))
+        finally:
+            folder.unlock()
+        for left in (run.place, run.place.parent):
+            if run.place != run.folder or left == run.place:
+                with contextlib.suppress(OSError):  # other things are in it
+                    left.rmdir()
+    with contextlib.suppress(OSError, TandemError):
+        holds().drop(run.run)
+    index.forget(run.run)
+
+
+def _delete(paths: list[Path]) -> None:
+    """The mark of whose they are goes last: what a failure leaves can be removed again."""
+    for path in sorted(paths, key=lambda path: path.name == "run.json"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,153 @@
+"""What is known of runs, and which one a person means."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from coordinator.running import index
+from coordinator.running.known import known_runs, resolve
+from coordinator.running.presence import present
+from coordinator.running.removal import remove
+from coordinator.view.runs import as_data, details, table
+from node.clikit import run_cli
+from node.errors import UserError
+from tests.coordinator.running.made import make_run
+
+
+def coordinator(*words: str | Path) -> int:
+    from coordinator.cli import coordinator as group
+
+    return run_cli(group, [*map(str, words)], prog_name="coordinator")
+
+
+def test_a_run_that_is_done(tmp_path: Path) -> None:
+    folder = make_run("20260101-aaaa", tmp_path / "adapters", [3.0, 2.0])
+    (run,) = known_runs()[0]
+    assert (run.run, run.state, run.place, run.missing) == ("20260101-aaaa", "done", folder, "")
+    assert (run.figures.steps, run.figures.final_loss, run.total_steps) == (2, 2.0, 2)
+    (heading, line) = table([run], 0.0)
+    assert heading.split() == ["run", "state", "steps", "loss", "validation", "began", "model", "folder"]
+    assert line.split()[:4] == ["20260101-aaaa", "done", "2/2", "2.000"]
+    assert line.endswith(str(folder))
+    data = as_data(run)
+    assert (data["state"], data["files"], data["final_loss"]) == ("done", str(folder), 2.0)
+
+
+def test_a_run_that_was_killed_is_told_by_its_files(tmp_path: Path) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [3.0, 2.0, 1.0], status="running")
+    (run,) = known_runs()[0]
+    assert run.state == "broken_off"
+    assert (run.figures.steps, run.figures.final_loss, run.figures.final_val_loss) == (3, 1.0, 1.1)
+    assert f"  go on       coordinator train --resume --adapter-path {folder}" in details(run, 0.0)
+
+
+def test_a_run_at_work_and_one_that_prepares(tmp_path: Path) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [3.0], status="running")
+    with present("r1", folder, "tiny", signals=True), present("r2", tmp_path / "new", "other", signals=True):
+        index.record("r1", pid=os.getpid())
+        first, second = known_runs()[0]
+        assert (first.run, first.state, second.run, second.state) == ("r1", "running", "r2", "preparing")
+        assert (second.folder, second.model, second.missing) == (tmp_path / "new", "other", "nothing was written yet")
+        assert resolve("last").run == "r2"
+        with pytest.raises(UserError, match=r"run r1 is at work \(process \d+\); first coordinator stop r1"):
+            remove(first, files=True)
+    assert [run.state for run in known_runs()[0]] == ["broken_off"]
+
+
+def test_files_that_were_moved_or_deleted_are_looked_for_and_said_so(tmp_path: Path) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [3.0])
+    make_run("r2", folder, [2.0])
+    older, newer = known_runs()[0]
+    assert (older.place, newer.place) == (folder / "previous" / "r1", folder)
+    shutil.rmtree(folder / "previous")
+    older, newer = known_runs()[0]
+    assert (older.place, older.missing) == (None, f"{folder} no longer holds its files")
+    folder.rename(tmp_path / "elsewhere")
+    older, newer = known_runs()[0]
+    assert newer.missing == f"{folder} was deleted or moved"
+    assert table([newer], 0.0)[1].endswith(f"{folder} ({newer.missing})")
+    moved = resolve(str(tmp_path / "elsewhere"))
+    assert (moved.run, moved.state, moved.indexed) == ("r2", "done", False)
+
+
+def test_which_run_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no run yet"):
+        resolve("last")
+    first = make_run("20260101-aaaa", tmp_path / "one", [3.0])
+    make_run("20260102-bbbb", tmp_path / "two", [3.0])
+    make_run("20260103-cccc", first, [3.0])
+    assert resolve("last").run == "20260103-cccc"
+    assert resolve("20260102-bbbb").run == "20260102-bbbb"
+    assert resolve("20260102").run == "20260102-bbbb"
+    assert resolve("two").run == "20260102-bbbb"
+    assert resolve("one").run == "20260103-cccc", "whose files are there"
+    assert resolve("one/previous/20260101-aaaa").run == "20260101-aaaa"
+    with pytest.raises(UserError, match="may be 20260101-aaaa, 20260102-bbbb, 20260103-cccc; write more of the id"):
+        resolve("202601")
+    for nothing in ("three", "", "../one/../nowhere"):
+        with pytest.raises(UserError, match="no such run, and no folder of one; coordinator runs lists them"):
+            resolve(nothing)
+    shutil.rmtree(tmp_path / "two")
+    assert resolve("two").run == "20260102-bbbb", "by the folder that it had"
+
+
+def test_rm_forgets_and_leaves_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [3.0])
+    assert coordinator("runs", "rm", "r1") == 0
+    assert capsys.readouterr().out == f"forgot r1; its files stay in {folder}\n"
+    assert known_runs() == ([], ())
+    assert (folder / "adapters.safetensors").exists()
+
+
+def test_rm_with_files_takes_what_is_the_runs_and_nothing_else(tmp_path: Path) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [3.0])
+    make_run("r2", folder, [2.0])
+    (folder / "notes.txt").write_text("mine")
+    (folder / "0000010_adapters.safetensors").write_text("weights")
+    (folder / "checkpoints" / "0000010").mkdir(parents=True)
+    assert coordinator("runs", "rm", "r2", "--files", "--yes") == 0
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "previous"}
+    assert coordinator("runs", "rm", folder / "previous" / "r1", "--files", "--yes") == 0
+    assert {path.name for path in folder.iterdir()} == {"notes.txt"}
+    make_run("r3", tmp_path / "alone", [2.0])
+    assert coordinator("runs", "rm", "r3", "--files", "--yes") == 0
+    assert not (tmp_path / "alone").exists()
+
+
+def test_rm_asks_before_it_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [3.0])
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda _="": "n")
+    assert coordinator("runs", "rm", "r1", "--files") == 130
+    assert (folder / "adapters.safetensors").exists()
+    assert [run.run for run in known_runs()[0]] == ["r1"]
+
+
+def test_a_damaged_entry_is_said_and_can_be_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run("r1", tmp_path / "adapters", [3.0])
+    index.entry_path("r2").write_text("{")
+    assert coordinator("runs") == 0
+    said = capsys.readouterr()
+    assert "r1" in said.out
+    assert said.err == (f"{index.entry_path('r2')} cannot be read and is left out; coordinator runs rm r2 removes it\n")
+    assert coordinator("runs", "show", "r2") == 2
+    assert coordinator("runs", "rm", "r2") == 0
+    assert known_runs()[1] == ()
+
+
+def test_the_commands_refuse_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run("r1", tmp_path / "adapters", [3.0])
+    shutil.rmtree(tmp_path / "adapters")
+    for words, line in (
+        (("watch", "r1"), f"error: run r1 (done): {tmp_path / 'adapters'} was deleted or moved"),
+        (("stop", "r1"), "error: run r1 is not at work: done; coordinator status shows what is"),
+        (("stop", "r2"), "error: r2: no such run, and no folder of one; coordinator runs lists them"),
+        (("runs", "compare", "r1"), "error: give two runs or more to compare; coordinator runs lists them"),
+        (("runs", "--json", "show", "r1"), "error: --json stands behind the command: coordinator runs show --json"),
+    ):
+        assert coordinator(*words) == 2
+        assert capsys.readouterr().err == f"{line}\n"
