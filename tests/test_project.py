@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("coordinator", "node", "tests", "deploy/run")
+SOURCES = ("coordinator", "node", "tests", "deploy/run", "deploy/services.py")
 TYPED = ("coordinator", "node", "tests/fixtures", "tests/benchmarks")
 
 

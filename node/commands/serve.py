@@ -64,6 +64,11 @@ REFUSED = ("join_refused",)
     is_flag=True,
     help="Let models' own Python files run here, for coordinators that say so, too.",
 )
+@click.option(
+    "--log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write to this file instead of the terminal; of more than 16 MB only the end is kept.",
+)
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when it serves.")
 def serve(
@@ -76,14 +81,17 @@ def serve(
     allow_battery: bool,
     join: str | None,
     trust_remote_code: bool,
+    log: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Serve until Ctrl-C."""
     import asyncio
+    import contextlib
 
     from node import daemon
     from node.home import home
+    from node.logs import logged_to
     from node.owner import Owner
     from node.pairing.desk import Happening
     from node.pairing.tokens import parse_token
@@ -124,7 +132,8 @@ def serve(
 
     kept = None if store_limit is None else _store_limit(store_limit)
     token = parse_token(_token_text(join)) if join else None
-    asyncio.run(daemon.serve(name, host, port, owner, kept, say, say_leaving, token, tell))
+    with contextlib.nullcontext() if log is None else logged_to(log):
+        asyncio.run(daemon.serve(name, host, port, owner, kept, say, say_leaving, token, tell))
 
 
 def _token_text(given: str) -> str:
