@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": LazyCommand("coordinator.commands.generate:generate", "Text from a model, with or without an adapter."),
     "fuse": LazyCommand("coordinator.commands.fuse:fuse", "Merge an adapter; export GGUF or PEFT; upload."),
     "nodes": LazyCommand("coordinator.commands.nodes:nodes", "Who is there: machines that can take part."),
+    "doctor": LazyCommand("coordinator.commands.doctor:doctor", "What is wrong with the machines and their links."),
     "pair": LazyCommand("coordinator.commands.pair:pair", "Have a node and this machine trust each other."),
     "unpair": LazyCommand("coordinator.commands.pair:unpair", "Trust a machine no more."),
     "invite": LazyCommand("coordinator.commands.pair:invite", "A token for a node to join by itself."),

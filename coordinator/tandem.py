@@ -11,7 +11,7 @@ from node.cli import COMMANDS as NODE_COMMANDS
 from node.clikit import LazyGroup, run_cli
 
 _NODE = {f"node-{name}" if name in COMMANDS else name: command for name, command in NODE_COMMANDS.items()}
-"""Both have a `pair`: the node's is `tandem node-pair`."""
+"""Both have a `pair` and a `doctor`: the node's are `tandem node-pair` and `tandem node-doctor`."""
 
 
 @click.group(

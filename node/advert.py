@@ -66,13 +66,17 @@ def usable_addresses(host: str = EVERYWHERE) -> tuple[str, ...]:
         host: address that is listened on; ``EVERYWHERE`` for all of them.
     """
     wanted = wanted_interfaces()
-    found = [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
+    found = _own_addresses()
     if isinstance(wanted, list):
         found = [address for address in found if address in wanted]
     if host != EVERYWHERE:
         return tuple(address for address in sorted(set(found)) if address == host)
     outside = [address for address in found if not ipaddress.ip_address(address).is_loopback]
     return tuple(sorted(set(outside or found)))
+
+
+def _own_addresses() -> list[str]:
+    return [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
 
 
 def open_bonjour() -> AsyncZeroconf:
@@ -83,6 +87,11 @@ def open_bonjour() -> AsyncZeroconf:
         UserError: ``TANDEM_BONJOUR`` makes no sense.
     """
     interfaces = wanted_interfaces()
+    if isinstance(interfaces, list):
+        own = _own_addresses()
+        # Where none is, zeroconf would fail, too, and leave a socket open.
+        if not any(address in own for address in interfaces):
+            raise BonjourOff(f"Bonjour does not work here: this machine has no address {' or '.join(interfaces)}")
     # It reports every interface that it cannot use; on a laptop there is always one.
     logging.getLogger("zeroconf").setLevel(logging.ERROR)
     try:

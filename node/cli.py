@@ -15,6 +15,7 @@ COMMANDS = {
     "pause": LazyCommand("node.commands.wishes:pause", "Take no further jobs."),
     "resume": LazyCommand("node.commands.wishes:resume", "Take jobs again."),
     "store": LazyCommand("node.commands.store:store", "List and prune the models that are kept here."),
+    "doctor": LazyCommand("node.commands.doctor:doctor", "What is wrong with this machine, and what mends it."),
     "info": LazyCommand("node.commands.info:info", "What this machine is: chip, memory, versions."),
 }
 

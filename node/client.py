@@ -19,6 +19,7 @@ import grpc.aio
 
 from node import rpc, wire
 from node.copies import StateCopy
+from node.doctor.finding import Diagnosis, Wanted
 from node.errors import NodeError, NodeLost, NodeRefused, OutOfMemory, TandemError, UserError, WorkerError, WorkerLost
 from node.events import Condition, Event, Failed
 from node.files import replacing
@@ -34,6 +35,8 @@ from tandem.v1 import node_pb2, node_pb2_grpc
 
 OPEN_SECONDS = 30.0
 CLOSING_SECONDS = 15.0
+DIAGNOSE_SECONDS = 60.0
+"""For a machine to look at itself, where system_profiler is slow, and MLX is loaded on a busy machine."""
 FILE_TRIES = 5
 PAUSE_SECONDS = 1.0
 """Before a broken transfer is taken up again; longer each time."""
@@ -78,13 +81,17 @@ class NodeClient:
         request = node_pb2.DescribeRequest(protocol=rpc.PROTOCOL)
         with self._named():
             info = rpc.decode_info(await self._node.Describe(request, timeout=timeout))
+        self._check(info)
+        return info
+
+    def _check(self, info: NodeInfo) -> None:
+        """Refuse who talks another protocol, or is another than its certificate says."""
         if info.protocol != rpc.PROTOCOL:
             raise NodeRefused(
                 "version", f"{info.name} runs mlx-tandem {info.version}, which talks another version of the protocol"
             )
         if info.home != self._home:
             raise NodeError(f"{self.name} says that it is of another TANDEM_HOME than its certificate is")
-        return info
 
     async def open_worker(
         self, run: str, owner: str, *, wait: bool = False, on_queue: Callable[[int, Busy], None] | None = None
@@ -133,6 +140,23 @@ class NodeClient:
         with self._named():
             reply = await self._node.Measure(request, timeout=timeout)
         return tuple(wire.read(Measured, result) for result in reply.results)
+
+    async def diagnose(self, wanted: Wanted, timeout: float | None = None) -> Diagnosis:
+        """What is wrong with its machine, and what comes of the connections that it is to try.
+
+        Args:
+            wanted: what it tries on the network.
+            timeout: seconds for it to answer; None takes the usual.
+
+        Raises:
+            NodeRefused: it talks another version of the protocol.
+            NodeError: it cannot be reached, does not answer in time, or knows no such question.
+        """
+        request = node_pb2.DiagnoseRequest(protocol=rpc.PROTOCOL, reach=wanted.reach, expect=wanted.expect)
+        with self._named():
+            found = rpc.decode_diagnosis(await self._node.Diagnose(request, timeout=timeout or DIAGNOSE_SECONDS))
+        self._check(found.info)
+        return found
 
     async def control(self, action: str, secret: str) -> NodeInfo:
         """Say the owner's wish: ``pause``, ``resume`` or ``stop``."""

@@ -25,6 +25,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from node import links, rpc
 from node.advert import EVERYWHERE, Advert, BonjourOff, wanted_interfaces
 from node.client import NodeClient
+from node.doctor.examine import examine, serving_now
+from node.doctor.finding import Diagnosis, Wanted
 from node.errors import NodeError, TandemError, UserError, one_line
 from node.events import Condition
 from node.file_service import FileService
@@ -118,7 +120,15 @@ class Daemon:
         self._watch = Watch()
         self._condition = Condition()
         self._service = NodeService(
-            self.info, self._owner, self._store, self._relay, self._trust, self._identity.secret, self._end, self._pair
+            self.info,
+            self._owner,
+            self._store,
+            self._relay,
+            self._trust,
+            self._identity.secret,
+            self._end,
+            self._pair,
+            self._diagnose,
         )
         self._token = token
         # A coordinator's own machine is not paired by itself: `node serve` is what others may use.
@@ -167,6 +177,12 @@ class Daemon:
         if self._advert is None:
             raise UserError(f"{self.name} serves a coordinator; run `node serve` to be paired")
         return await self._desk.new_code()
+
+    async def _diagnose(self, wanted: Wanted) -> Diagnosis:
+        advertised = self._advert is not None
+        serving = await serving_now(self.port, self._relay.port, self.host, advertised=advertised, remark=self.remark)
+        info = dataclasses.replace(self.info(), busy=self._service.busy)
+        return await examine(self._home, info, serving, wanted)
 
     def _advertise_pairing(self) -> None:
         if self._advert is not None:

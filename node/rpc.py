@@ -12,6 +12,7 @@ import grpc.aio
 
 from node import wire
 from node.copies import StateCopy
+from node.doctor.finding import Diagnosis, Finding, Outcome, Reached, Verdict
 from node.errors import NodeError, NodeLost, NodeRefused, one_line
 from node.events import Condition
 from node.guard import Guard
@@ -40,6 +41,9 @@ MOST_CONNECTIONS = 256
 """To one server, of friends and strangers."""
 KEEPALIVE_SECONDS = 5.0
 KEEPALIVE_TIMEOUT_SECONDS = 10.0
+
+_VERDICTS: dict[str, Verdict] = {word: word for word in get_args(Verdict)}
+_OUTCOMES: dict[str, Outcome] = {word: word for word in get_args(Outcome)}
 
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -218,6 +222,43 @@ def decode_condition(message: node_pb2.Condition | node_pb2.NodeInfo) -> Conditi
         _one_of(MemoryLevel, message.memory_pressure),
         _one_of(ThermalLevel, message.thermal_pressure),
         _one_of(Battery, message.on_battery),
+    )
+
+
+def encode_diagnosis(diagnosis: Diagnosis) -> node_pb2.DiagnoseReply:
+    """What a machine has found out about itself, as a message."""
+    reply = node_pb2.DiagnoseReply(
+        info=encode_info(diagnosis.info),
+        heard=diagnosis.heard,
+        bonjour=diagnosis.bonjour,
+        received=diagnosis.received,
+        replied=diagnosis.replied,
+    )
+    for finding in diagnosis.findings:
+        wire.fill(finding, reply.findings.add())
+    for item in diagnosis.reached:
+        wire.fill(item, reply.reached.add())
+    return reply
+
+
+def decode_diagnosis(message: node_pb2.DiagnoseReply) -> Diagnosis:
+    """What a machine has found out about itself; verdicts that this version has no name for are unknown.
+
+    Raises:
+        WireError: a value that is refused.
+    """
+    findings = [
+        Finding(item.check, _VERDICTS.get(item.verdict, "unknown"), item.seen, item.mend) for item in message.findings
+    ]
+    reached = [Reached(item.address, _OUTCOMES.get(item.outcome, "failed"), item.reason) for item in message.reached]
+    return Diagnosis(
+        decode_info(message.info),
+        tuple(findings),
+        tuple(reached),
+        tuple(message.heard),
+        message.bonjour,
+        message.received,
+        message.replied,
     )
 
 

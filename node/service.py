@@ -26,6 +26,7 @@ import grpc.aio
 
 from node import links, rpc, wire
 from node.awake import Awake
+from node.doctor.finding import Diagnosis, Wanted
 from node.errors import OutOfMemory, TandemError, UserError, WorkerError, WorkerLost
 from node.events import Condition, Leaving
 from node.files import replacing, sha256_of
@@ -51,6 +52,10 @@ EVENTS_BYTES = 4 << 20
 """Of events that go up in one message; a larger one goes alone."""
 MOST_MEASURED = 16
 """Addresses that one call has measured."""
+MOST_REACHED = 32
+"""Addresses that one diagnosis connects to."""
+MOST_EXPECTED = 128
+"""Nodes that one diagnosis listens for."""
 MOST_LOGGED = 32
 """Jobs that were cut off whose logs are kept."""
 MOST_WAITING = 16
@@ -115,6 +120,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         secret: of the ``TANDEM_HOME``, for its own programs.
         stop: ends the daemon.
         pair: shows a new pairing code.
+        diagnose: looks at this machine and its network.
     """
 
     def __init__(
@@ -127,6 +133,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         secret: str,
         stop: Callable[[], Awaitable[None]] | None = None,
         pair: Callable[[], Awaitable[OpenCode]] | None = None,
+        diagnose: Callable[[Wanted], Awaitable[Diagnosis]] | None = None,
     ) -> None:
         self._describe = describe
         self._owner = owner
@@ -136,6 +143,8 @@ class NodeService(node_pb2_grpc.NodeServicer):
         self._secret = secret
         self._stop = stop
         self._pair = pair
+        self._diagnose = diagnose
+        self._diagnosing = asyncio.Lock()
         self._slot = _Slot()
         self._job: _Job | None = None
         self._leaving = False
@@ -564,6 +573,19 @@ class NodeService(node_pb2_grpc.NodeServicer):
             found = await asyncio.to_thread(links.measure, address, request.seconds, self._trust, request.certificate)
             wire.fill(found, reply.results.add())
         return reply
+
+    async def Diagnose(self, request: Any, context: Any) -> node_pb2.DiagnoseReply:  # noqa: N802
+        """See node.proto."""
+        if request.protocol != rpc.PROTOCOL:
+            return node_pb2.DiagnoseReply(info=rpc.encode_info(self._described()))
+        if self._diagnose is None:
+            await _abort(context, grpc.StatusCode.UNIMPLEMENTED, "this program gives no diagnosis")
+        wanted = Wanted(tuple(request.reach[:MOST_REACHED]), tuple(request.expect[:MOST_EXPECTED]))
+        try:
+            async with self._diagnosing:  # one at a time, whoever asks
+                return rpc.encode_diagnosis(await self._diagnose(wanted))
+        except (TandemError, OSError) as error:
+            await _abort(context, _code(error), _words(error))
 
     async def Control(self, request: Any, context: Any) -> node_pb2.ControlReply:  # noqa: N802
         """See node.proto."""

@@ -125,7 +125,7 @@ class LocalWorker:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**_environment(), **(environment or {})},
+                env={**worker_environment(), **(environment or {})},
                 # What a terminal tells its programs (Ctrl-C, its own end) is the coordinator's to deal with.
                 start_new_session=True,
             )
@@ -258,7 +258,7 @@ class LocalWorker:
                     self._said = _error_of(event, self._log)
 
 
-def _environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """The worker's environment: what of ours is handed down, with the import path of this very installation first."""
     ours = str(Path(__file__).resolve().parent.parent)
     wire_package = str(Path(worker_pb2.__file__ or "").resolve().parents[2])

@@ -190,4 +190,4 @@ def test_no_python_of_a_foreign_folder_is_picked_up(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     from node import supervisor
 
-    assert os.path.isabs(supervisor._environment()["PYTHONPATH"].split(os.pathsep)[0])
+    assert os.path.isabs(supervisor.worker_environment()["PYTHONPATH"].split(os.pathsep)[0])

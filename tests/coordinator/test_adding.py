@@ -18,7 +18,7 @@ from node.events import Addend, Event, Heartbeat, Ready, RingFailed
 from node.info import Backend, RingPart
 from node.spec import PIECE_BYTES, PIECES_IN_FLIGHT, FileRef, Request, Total
 
-READY = Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)  # noqa: FBT003
+READY = Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)
 
 
 def floats(*numbers: float) -> bytes:

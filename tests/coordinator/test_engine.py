@@ -116,7 +116,7 @@ class FakeWorker:
     def _do(self, request: Request) -> list[Answer]:
         match request:
             case Setup():
-                return [events.Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)]  # noqa: FBT003
+                return [events.Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)]
             case Restore():
                 assert (self.folder / request.weights.name).read_text() == saying(f"weights {request.step}")
                 self.step = request.step

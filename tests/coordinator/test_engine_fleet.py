@@ -28,7 +28,7 @@ from node.info import RingPart, StoredFile
 from node.spec import CopyState, Digest, Evaluate, Leave, Request, Restore, Share, TrainStep
 from tests.coordinator.test_engine import COPY_EVERY, CURVE, Chunks, FakeWorker, Script, Told, as_said
 
-READY = events.Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)  # noqa: FBT003
+READY = events.Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)
 NAMES = ("ada", "ben", "cleo")
 
 

@@ -17,7 +17,7 @@ from coordinator.pressure import says, share_factor, slowed
 from node.errors import WorkerLost
 from node.events import Condition, Event, Heartbeat, Ready
 
-READY = Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)  # noqa: FBT003
+READY = Ready("cpu", "llama", 2, 2, 10, 1, False, 0.0, 0)
 GOOD = Condition("normal", "nominal", "no")
 
 

@@ -190,6 +190,7 @@ def test_who_was_introduced_gets_the_models_files_until_the_job_ends(tmp_path: P
                     lambda: describe(channel),
                     lambda: node_pb2_grpc.FilesStub(channel).Missing(node_pb2.FileList(), timeout=SECONDS),
                     lambda: node_pb2_grpc.NodeStub(channel).Held(node_pb2.HeldWanted(run="r"), timeout=SECONDS),
+                    lambda: node_pb2_grpc.NodeStub(channel).Diagnose(node_pb2.DiagnoseRequest(), timeout=SECONDS),
                     lambda: node_pb2_grpc.NodeStub(channel).ListFiles(
                         node_pb2.FolderWanted(job=link.job), timeout=SECONDS
                     ),

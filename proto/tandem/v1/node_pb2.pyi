@@ -957,6 +957,139 @@ class Measured(_message.Message):
 Global___Measured: _TypeAlias = Measured  # noqa: Y015
 
 @_typing.final
+class DiagnoseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    EXPECT_FIELD_NUMBER: _builtins.int
+    protocol: _builtins.int
+    @_builtins.property
+    def reach(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """ip:port to connect to"""
+
+    @_builtins.property
+    def expect(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """ids of nodes that it should hear by Bonjour"""
+
+    def __init__(
+        self,
+        *,
+        protocol: _builtins.int = ...,
+        reach: _abc.Iterable[_builtins.str] | None = ...,
+        expect: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expect", b"expect", "protocol", b"protocol", "reach", b"reach"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiagnoseRequest: _TypeAlias = DiagnoseRequest  # noqa: Y015
+
+@_typing.final
+class DiagnoseReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INFO_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
+    HEARD_FIELD_NUMBER: _builtins.int
+    BONJOUR_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    REPLIED_FIELD_NUMBER: _builtins.int
+    bonjour: _builtins.bool
+    """whether it may hear any"""
+    received: _builtins.float
+    """by its own clock, in seconds since 1970"""
+    replied: _builtins.float
+    @_builtins.property
+    def info(self) -> Global___NodeInfo:
+        """of another protocol than was asked for: nothing else is there"""
+
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]: ...
+    @_builtins.property
+    def reached(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reached]: ...
+    @_builtins.property
+    def heard(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """ids of nodes whose adverts it heard"""
+
+    def __init__(
+        self,
+        *,
+        info: Global___NodeInfo | None = ...,
+        findings: _abc.Iterable[Global___Finding] | None = ...,
+        reached: _abc.Iterable[Global___Reached] | None = ...,
+        heard: _abc.Iterable[_builtins.str] | None = ...,
+        bonjour: _builtins.bool = ...,
+        received: _builtins.float = ...,
+        replied: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bonjour", b"bonjour", "findings", b"findings", "heard", b"heard", "info", b"info", "reached", b"reached", "received", b"received", "replied", b"replied"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiagnoseReply: _TypeAlias = DiagnoseReply  # noqa: Y015
+
+@_typing.final
+class Finding(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
+    MEND_FIELD_NUMBER: _builtins.int
+    check: _builtins.str
+    verdict: _builtins.str
+    """ok, unknown, warning, wrong"""
+    seen: _builtins.str
+    mend: _builtins.str
+    def __init__(
+        self,
+        *,
+        check: _builtins.str = ...,
+        verdict: _builtins.str = ...,
+        seen: _builtins.str = ...,
+        mend: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "mend", b"mend", "seen", b"seen", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
+@_typing.final
+class Reached(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    outcome: _builtins.str
+    """silent, answers, refuses, denied, failed"""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "outcome", b"outcome", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reached: _TypeAlias = Reached  # noqa: Y015
+
+@_typing.final
 class ControlRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

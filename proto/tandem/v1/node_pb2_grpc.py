@@ -74,6 +74,11 @@ class NodeStub:
                 request_serializer=tandem_dot_v1_dot_node__pb2.MeasureRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_node__pb2.MeasureReply.FromString,
                 _registered_method=True)
+        self.Diagnose = channel.unary_unary(
+                '/tandem.v1.Node/Diagnose',
+                request_serializer=tandem_dot_v1_dot_node__pb2.DiagnoseRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_node__pb2.DiagnoseReply.FromString,
+                _registered_method=True)
         self.Control = channel.unary_unary(
                 '/tandem.v1.Node/Control',
                 request_serializer=tandem_dot_v1_dot_node__pb2.ControlRequest.SerializeToString,
@@ -140,6 +145,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Diagnose(self, request, context):
+        """What is wrong with this machine and its way to others. Takes some seconds: it tries its network itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Control(self, request, context):
         """The owner's wishes; served to programs of the same TANDEM_HOME only.
         """
@@ -189,6 +201,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Measure,
                     request_deserializer=tandem_dot_v1_dot_node__pb2.MeasureRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_node__pb2.MeasureReply.SerializeToString,
+            ),
+            'Diagnose': grpc.unary_unary_rpc_method_handler(
+                    servicer.Diagnose,
+                    request_deserializer=tandem_dot_v1_dot_node__pb2.DiagnoseRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_node__pb2.DiagnoseReply.SerializeToString,
             ),
             'Control': grpc.unary_unary_rpc_method_handler(
                     servicer.Control,
@@ -412,6 +429,33 @@ class Node:
             '/tandem.v1.Node/Measure',
             tandem_dot_v1_dot_node__pb2.MeasureRequest.SerializeToString,
             tandem_dot_v1_dot_node__pb2.MeasureReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Diagnose(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Node/Diagnose',
+            tandem_dot_v1_dot_node__pb2.DiagnoseRequest.SerializeToString,
+            tandem_dot_v1_dot_node__pb2.DiagnoseReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,8 @@ class NodeStub:
     """
     Measure: _grpc.UnaryUnaryMultiCallable[_node_pb2.MeasureRequest, _node_pb2.MeasureReply]
     """How fast this node reaches addresses of another one's relay."""
+    Diagnose: _grpc.UnaryUnaryMultiCallable[_node_pb2.DiagnoseRequest, _node_pb2.DiagnoseReply]
+    """What is wrong with this machine and its way to others. Takes some seconds: it tries its network itself."""
     Control: _grpc.UnaryUnaryMultiCallable[_node_pb2.ControlRequest, _node_pb2.ControlReply]
     """The owner's wishes; served to programs of the same TANDEM_HOME only."""
 
@@ -77,6 +79,8 @@ class NodeAsyncStub(NodeStub):
     """
     Measure: _aio.UnaryUnaryMultiCallable[_node_pb2.MeasureRequest, _node_pb2.MeasureReply]  # type: ignore[assignment]
     """How fast this node reaches addresses of another one's relay."""
+    Diagnose: _aio.UnaryUnaryMultiCallable[_node_pb2.DiagnoseRequest, _node_pb2.DiagnoseReply]  # type: ignore[assignment]
+    """What is wrong with this machine and its way to others. Takes some seconds: it tries its network itself."""
     Control: _aio.UnaryUnaryMultiCallable[_node_pb2.ControlRequest, _node_pb2.ControlReply]  # type: ignore[assignment]
     """The owner's wishes; served to programs of the same TANDEM_HOME only."""
 
@@ -146,6 +150,14 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.MeasureReply, _abc.Awaitable[_node_pb2.MeasureReply]]:
         """How fast this node reaches addresses of another one's relay."""
+
+    @_abc_1.abstractmethod
+    def Diagnose(
+        self,
+        request: _node_pb2.DiagnoseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.DiagnoseReply, _abc.Awaitable[_node_pb2.DiagnoseReply]]:
+        """What is wrong with this machine and its way to others. Takes some seconds: it tries its network itself."""
 
     @_abc_1.abstractmethod
     def Control(

@@ -1,0 +1,80 @@
+"""``coordinator doctor``: what is wrong with the machines and their links."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from coordinator.doctor.machine import Examined
+
+HELP = """Look for what is wrong with this machine, the others, and the network between them.
+
+Each machine looks at itself and tries the others; links are measured, except of machines that train just now. Each
+finding is ok, a warning, wrong, or unknown: what cannot be found out is never called good. Takes about fifteen
+seconds. The exit code is 1 when something is wrong.
+"""
+
+
+@click.command("doctor", help=HELP)
+@click.option(
+    "--nodes", "wanted", default="auto", show_default=True, help="auto, local, names or host:port, by commas."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def doctor(context: click.Context, wanted: str, as_json: bool) -> None:
+    """Examine the fleet."""
+    import asyncio
+
+    from coordinator.doctor.ask import examine_fleet
+    from coordinator.home import home
+    from node.doctor.finding import worst
+
+    examined = asyncio.run(examine_fleet(wanted, home()))
+    if as_json:
+        click.echo(json.dumps(as_data(examined), indent=2, ensure_ascii=False))
+    else:
+        click.echo("\n".join(as_lines(examined)))
+    if worst(examined.findings) == "wrong":
+        context.exit(1)
+
+
+def as_lines(examined: Examined) -> list[str]:
+    """The findings for people."""
+    from node.doctor.show import as_lines as section
+    from node.doctor.show import closing
+
+    lines = []
+    for machine, findings in examined.machines:
+        lines += [*section(f"{machine.label}{' (here)' if machine.own else ''}", findings), ""]
+    if examined.links:
+        lines += [*section("links", examined.links), ""]
+    if examined.general:
+        lines += [*section("fleet", examined.general), ""]
+    return [*lines, closing(examined.findings)]
+
+
+def as_data(examined: Examined) -> dict[str, Any]:
+    """The findings for programs."""
+    from node.doctor.finding import worst
+    from node.doctor.show import as_data as section
+
+    machines = [
+        {
+            "name": machine.label,
+            "id": machine.info.id if machine.diagnosis is not None else None,
+            "own": machine.own,
+            "address": machine.address,
+            "verdict": worst(findings),
+            "findings": section(findings),
+        }
+        for machine, findings in examined.machines
+    ]
+    return {
+        "verdict": worst(examined.findings),
+        "machines": machines,
+        "links": section(examined.links),
+        "fleet": section(examined.general),
+    }
