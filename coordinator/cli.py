@@ -22,6 +22,7 @@ COMMANDS = {
     "pair": LazyCommand("coordinator.commands.pair:pair", "Have a node and this machine trust each other."),
     "unpair": LazyCommand("coordinator.commands.pair:unpair", "Trust a machine no more."),
     "invite": LazyCommand("coordinator.commands.pair:invite", "A token for a node to join by itself."),
+    "dashboard": LazyCommand("coordinator.commands.dashboard:dashboard", "Past and running runs in the browser."),
     "estimate": LazyCommand("coordinator.commands.estimate:estimate", "Memory a training would take, by method."),
     "data": LazyCommand("coordinator.commands.data:data", "Check, split and convert data."),
     "demo": LazyCommand("coordinator.commands.demo:demo", "The whole story on this machine, with two nodes, offline."),

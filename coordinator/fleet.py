@@ -498,6 +498,7 @@ class Fleet:
                 ),
                 step_rows=chosen.step_rows,
                 lines=(*describe(chosen), *in_clear),
+                links=self._links.told() if self._links is not None else (),
             )
         )
 
@@ -711,6 +712,10 @@ class Fleet:
         certificates = self._certificates(node)
         measured = await measure_links(clients, certificates, LINK_SECONDS, only=node.info.id)
         self._links = self._links.joined(measured) if self._links is not None else measured
+        if measured.found:
+            told = measured.told()
+            details = {"node": node.info.name, "links": [dataclasses.asdict(link) for link in told]}
+            self._reader.handle(Noted("links", "; ".join(link.text for link in told), details=details))
         if not present:
             return None
         candidates = [self._candidate(other) for other in (*present, node)]

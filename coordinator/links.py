@@ -10,6 +10,8 @@ from ipaddress import IPv4Address
 from typing import Protocol
 
 from coordinator.ring_order import Link
+from coordinator.stream import FleetLink
+from coordinator.view.format import bits_text
 from node.errors import NodeError
 from node.info import Interface, Measured, NodeInfo
 
@@ -24,7 +26,7 @@ TRIES = 2
 EVERY_PAIR_NODES = 8
 """Of more machines each is measured against the next few only, in the order of their names."""
 NEXT_FEW = 3
-MEGABIT, GIGABIT = 1e6, 1e9
+GIGABIT = 1e9
 LEADER_PORTS = range(42000, 48000)
 
 _KINDS = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "loopback": "loopback", "other": ""}
@@ -86,6 +88,13 @@ class Paths:
             links[one, other] = Link(bits, latency, self.describe(one, other))
         return links
 
+    def told(self) -> tuple[FleetLink, ...]:
+        """The same for people and files."""
+        return tuple(
+            FleetLink(self.names[one], self.names[other], link.bits_per_second, link.latency_seconds, link.text)
+            for (one, other), link in self.between().items()
+        )
+
     def describe(self, one: str, other: str) -> str:
         """``Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)``."""
         heading = f"{self.names[one]} ↔ {self.names[other]}"
@@ -96,15 +105,8 @@ class Paths:
         rest = [path for path in paths if path not in chosen]
         by = best.interface or _KINDS[best.kind]
         unused = ", ".join(f"{_KINDS[p.kind] or p.interface} {p.bits_per_second / GIGABIT:.2g}" for p in rest)
-        text = f"{heading}: {by} {show_rate(best.bits_per_second)} {1000 * best.latency_seconds:.1f} ms"
+        text = f"{heading}: {by} {bits_text(best.bits_per_second)} {1000 * best.latency_seconds:.1f} ms"
         return f"{text} ({unused} unused)" if unused else text
-
-
-def show_rate(bits_per_second: float) -> str:
-    """``21 Gbit/s``, ``340 Mbit/s``."""
-    if bits_per_second >= GIGABIT:
-        return f"{bits_per_second / GIGABIT:.{0 if bits_per_second >= 10 * GIGABIT else 1}f} Gbit/s"
-    return f"{bits_per_second / MEGABIT:.0f} Mbit/s"
 
 
 def same_machine(one: NodeInfo, other: NodeInfo) -> bool:

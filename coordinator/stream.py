@@ -68,6 +68,24 @@ class FleetMember:
 
 
 @dataclass(frozen=True)
+class FleetLink:
+    """How fast two machines reach each other, as measured.
+
+    Attributes:
+        one, other: their names.
+        bits_per_second: in the slower direction; 0 where they do not.
+        latency_seconds: one way.
+        text: the link in words.
+    """
+
+    one: str
+    other: str
+    bits_per_second: float
+    latency_seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
 class FleetFormed:
     """Several machines have been chosen.
 
@@ -75,11 +93,13 @@ class FleetFormed:
         members: in the order of their ranks.
         step_rows: rows of a typical step.
         lines: the plan in words: shares, expected step, links, who is left out and why, advice.
+        links: between those that were looked at.
     """
 
     members: tuple[FleetMember, ...]
     step_rows: int
     lines: tuple[str, ...]
+    links: tuple[FleetLink, ...] = ()
 
 
 @dataclass(frozen=True)

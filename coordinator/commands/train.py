@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ _HEADINGS = {
     "quiet": "Output",
     "as_json": "Output",
     "plain": "Output",
+    "dashboard": "Output",
+    "dashboard_port": "Output",
+    "dashboard_host": "Output",
     "help": "Output",
 }
 
@@ -52,6 +56,9 @@ def run(
     plain: bool,
     plan: bool,
     detach: bool,
+    dashboard: bool,
+    dashboard_port: int | None,
+    dashboard_host: str | None,
     train: bool,
     wandb: str | None,
     **flags: Any,
@@ -73,9 +80,13 @@ def run(
             f" {options.adapter_path}; to train anew and test then, add --train"
         )
     mode: ViewMode = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
-    for other, given in (("--resume", resume), ("--detach", detach)):
+    for other, given in (("--resume", resume), ("--detach", detach), ("--dashboard", dashboard)):
         if plan and given:
             raise UserError(f"--plan and {other} exclude each other; give one of them")
+    if not dashboard and (dashboard_port is not None or dashboard_host is not None):
+        raise UserError("--dashboard-port and --dashboard-host need --dashboard")
+    if detach and dashboard:
+        raise UserError("--dashboard ends with this command; give --detach alone, then: coordinator dashboard last")
     pair_before_training(options.nodes, may_ask=mode in ("auto", "plain"))
     if plan:
         _show_plan(options, make_view("quiet" if as_json else mode, facts().total_memory_bytes or 0), as_json=as_json)
@@ -83,7 +94,15 @@ def run(
     if detach:
         _detach(options, mode, resume=resume)
         return
-    start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume)
+    with contextlib.ExitStack() as stack:
+        if dashboard:
+            from coordinator.dashboard.address import open_place
+            from coordinator.dashboard.beside import beside
+
+            place = open_place(dashboard_host, dashboard_port)
+            click.echo(f"dashboard: {place.url}", err=True)  # nowhere else: events are written down, with the token
+            stack.enter_context(beside(place, [Path(options.adapter_path)]))
+        start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume)
 
 
 def _detach(options: TrainConfig, mode: ViewMode, *, resume: bool) -> None:
@@ -154,6 +173,13 @@ train = GroupedCommand(
         click.Option(["--quiet"], is_flag=True, help="Print errors and the result only."),
         click.Option(["--plain"], is_flag=True, help="Print lines even in a terminal."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object per event."),
+        click.Option(["--dashboard"], is_flag=True, help="Show the run in the browser, too."),
+        click.Option(
+            ["--dashboard-port"], type=click.IntRange(0, 65535), help="Its port (default 21700, or a free one)."
+        ),
+        click.Option(
+            ["--dashboard-host"], metavar="HOST", help="Where it listens (default: this machine only, without a token)."
+        ),
         click.Option(["--train"], is_flag=True, hidden=True),
         click.Option(["--wandb"], hidden=True),
     ],

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.program import Program
-from coordinator.stream import FleetFormed, FleetMember, Noted, RunEvent, RunFinished, RunStarted, Sampled, Tested
+from coordinator.stream import (
+    FleetFormed,
+    FleetLink,
+    FleetMember,
+    Noted,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    Tested,
+)
 from coordinator.view.format import finite, number
 
 BEGINNINGS = ("started", "resumed")
@@ -59,7 +69,8 @@ def retold(entry: Mapping[str, Any]) -> RunEvent:
         case "fleet":
             lines = entry.get("lines")
             words = tuple(str(line) for line in lines) if isinstance(lines, list) else (message,)
-            return FleetFormed(_members(entry.get("members")), _whole(entry.get("step_rows")) or 0, words)
+            members, rows = _members(entry.get("members")), _whole(entry.get("step_rows")) or 0
+            return FleetFormed(members, rows, words, _links(entry.get("links")))
         case _:
             details = {name: value for name, value in entry.items() if name not in _OF_A_NOTE}
             return Noted(kind, message, str(entry.get("level", "info")), details)
@@ -89,6 +100,20 @@ def _members(found: object) -> tuple[FleetMember, ...]:
             None if one.get("chip") is None else str(one["chip"]),
             _whole(one.get("memory_bytes")),
             _whole(one.get("rows")) or 0,
+        )
+        for one in given
+    )
+
+
+def _links(found: object) -> tuple[FleetLink, ...]:
+    given = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return tuple(
+        FleetLink(
+            str(one.get("one", "")),
+            str(one.get("other", "")),
+            finite(one.get("bits_per_second")) or 0.0,
+            finite(one.get("latency_seconds")) or 0.0,
+            str(one.get("text", "")),
         )
         for one in given
     )

@@ -25,7 +25,8 @@ class Curve:
 
     Attributes:
         label: in the legend and the read-out.
-        look: ``raw`` (faint), ``main``, ``second`` (with dots), or ``area-1`` to ``area-6`` (stacked in order).
+        look: ``raw`` (faint), ``main``, ``second`` (with dots), ``line-1`` to ``line-6``, or ``area-1`` to ``area-6``
+            (stacked in order).
         points: (step, value), rising.
         sparse: whether the read-out shows the last value before a step rather than the nearest.
     """
@@ -67,22 +68,41 @@ class Chart:
     large: bool = False
 
     def html(self) -> str:
-        """The whole figure."""
+        """The whole figure, drawn."""
         x, y = whole(self.last_step), self._vertical()
+        return self._figure(
+            f"<div class=frame><div class=ylabels aria-hidden=true>{_labels(y, 'bottom')}</div>"
+            f'<div class=plot role=img aria-label="{escape(self.described())}">{self._svg(x, y)}</div>'
+            f"<div class=xlabels aria-hidden=true>{_labels(x, 'left')}</div></div>"
+        )
+
+    def canvas_html(self) -> str:
+        """The figure with an empty canvas, on which a script draws ``drawing``."""
+        return self._figure(
+            f'<div class="plot canvas" role=img aria-label="{escape(self.described())}">'
+            "<canvas aria-hidden=true></canvas></div>"
+        )
+
+    def _figure(self, plot: str) -> str:
+        y = self._vertical()
         unit = f" <span class=unit>{escape(self.unit)}{', logarithmic' if y.logarithmic else ''}</span>"
         remark = f"<p class=remark>{escape(self.remark)}</p>" if self.remark else ""
         return (
             f'<figure class="chart{" large" if self.large else ""}" id="{self.key}">'
             f"<figcaption><h3>{escape(self.title)}{unit}</h3>{self._legend()}</figcaption>"
-            f"<div class=frame><div class=ylabels aria-hidden=true>{_labels(y, 'bottom')}</div>"
-            f'<div class=plot role=img aria-label="{escape(self.described())}">{self._svg(x, y)}</div>'
-            f"<div class=xlabels aria-hidden=true>{_labels(x, 'left')}</div></div>"
-            f"{remark}<details><summary>Table<span class=unseen> of {escape(self.title.lower())}</span></summary>"
+            f"{plot}{remark}<details><summary>Table<span class=unseen> of {escape(self.title.lower())}</span></summary>"
             f"{self._table()}</details></figure>"
         )
 
     def hover_data(self) -> dict[str, Any]:
         """What a script needs to show values: the axes and every curve but the faint ones."""
+        return self._data(self._told())
+
+    def drawing(self) -> dict[str, Any]:
+        """What a script needs to draw all of it."""
+        return {**self._data(self.curves), "marks": [{"x": step, "text": text} for step, text in self.marks]}
+
+    def _data(self, curves: Sequence[Curve]) -> dict[str, Any]:
         y = self._vertical()
         return {
             "key": self.key,
@@ -98,7 +118,7 @@ class Chart:
                     "x": [_digits(step, 7) for step, _ in curve.points],
                     "y": [_digits(value) for _, value in curve.points],
                 }
-                for curve in self._told()
+                for curve in curves
             ],
         }
 

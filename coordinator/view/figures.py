@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from coordinator.view.charts import Chart, Curve
 from coordinator.view.curves import mean_points, moving_mean, outline_points, smoothing_radius
 from coordinator.view.format import GIB, duration_text, finite, loss_text, one_line, shortened, size_text, speed_text
+from coordinator.view.machines import machine_charts
 from coordinator.view.records import RunRecord
 
 Tile = tuple[str, str, str]
 MOST_MARKS = 40
-MOST_SHARES = 6
 
 
 def charts_of(record: RunRecord) -> list[Chart]:
@@ -20,7 +20,8 @@ def charts_of(record: RunRecord) -> list[Chart]:
     if not record.steps:
         return []
     found = [_loss(record), _learning_rate(record), _gradient_norm(record), _speed(record), _seconds(record)]
-    return [chart for chart in [*found, _shares(record), _memory(record)] if chart is not None]
+    memory = _memory(record) if len(record.nodes) < 2 else None
+    return [chart for chart in [*found, *machine_charts(record), memory] if chart is not None]
 
 
 def tiles_of(record: RunRecord) -> list[Tile]:
@@ -52,7 +53,7 @@ def tiles_of(record: RunRecord) -> list[Tile]:
 
 def _loss(record: RunRecord) -> Chart | None:
     losses = record.columns["loss"]
-    training = _raw_and_mean(record.steps, losses, _weights(record), "training, ")
+    training = raw_and_mean(record.steps, losses, _weights(record), "training, ")
     validations = [(float(step), loss) for step, loss in record.validations]
     curves = [*training, Curve("validation", "second", validations, sparse=True)] if validations else training
     if not curves:
@@ -71,14 +72,14 @@ def _learning_rate(record: RunRecord) -> Chart | None:
 
 def _gradient_norm(record: RunRecord) -> Chart | None:
     values = record.columns["grad_norm"]
-    curves = _raw_and_mean(record.steps, values, [1.0] * len(values))
+    curves = raw_and_mean(record.steps, values, [1.0] * len(values))
     return _chart(record, "norm", "Gradient norm", "before clipping", curves)
 
 
 def _speed(record: RunRecord) -> Chart | None:
     tokens, seconds = record.columns["tokens"], record.columns["seconds"]
     speeds = [t / s if s > 0 else math.nan for t, s in zip(tokens, seconds, strict=True)]
-    return _chart(record, "speed", "Speed", "target tokens per second", _raw_and_mean(record.steps, speeds, seconds))
+    return _chart(record, "speed", "Speed", "target tokens per second", raw_and_mean(record.steps, speeds, seconds))
 
 
 def _seconds(record: RunRecord) -> Chart | None:
@@ -112,29 +113,6 @@ def _seconds(record: RunRecord) -> Chart | None:
     return _chart(record, "seconds", "Time per step", "seconds", curves)
 
 
-def _shares(record: RunRecord) -> Chart | None:
-    """How the rows were divided; of many machines those with the most, and the rest together."""
-    if len(record.nodes) < 2:
-        return None
-    names = sorted(record.nodes, key=lambda name: -sum(record.nodes[name].rows))
-    own = names if len(names) <= MOST_SHARES else names[: MOST_SHARES - 1]
-    groups = {name: [name] for name in own}
-    if len(own) < len(names):
-        groups[f"{len(names) - len(own)} others"] = names[len(own) :]
-    indices = [i for i, mean in enumerate(record.mean_compute) if math.isfinite(mean)]
-    totals = [sum(node.rows[i] for node in record.nodes.values()) or 1.0 for i in indices]
-    steps, radius = [record.steps[i] for i in indices], smoothing_radius(len(indices))
-    curves = []
-    for number, (label, members) in enumerate(groups.items(), start=1):
-        part = [
-            100 * sum(record.nodes[name].rows[i] for name in members) / total
-            for i, total in zip(indices, totals, strict=True)
-        ]
-        points = mean_points(steps, moving_mean(part, [1.0] * len(part), radius))
-        curves.append(Curve(label, f"area-{number}", points))
-    return _chart(record, "shares", "Shares", "% of the rows", curves)
-
-
 def _memory(record: RunRecord) -> Chart | None:
     gigabytes = [value / GIB for value in record.columns["peak_memory_bytes"]]
     return _chart(
@@ -147,7 +125,7 @@ def _chart(record: RunRecord, key: str, title: str, unit: str, curves: Sequence[
     return Chart(key, title, unit, drawn, record.steps[-1]) if drawn else None
 
 
-def _raw_and_mean(
+def raw_and_mean(
     steps: Sequence[int], values: Sequence[float], weights: Sequence[float], label: str = ""
 ) -> list[Curve]:
     """The values faintly and their moving mean above them; only the values where there are few."""

@@ -55,6 +55,13 @@ def size_text(size_bytes: float | None) -> str:
     return f"{gigabytes:.1f} GB" if gigabytes < 100 else f"{gigabytes:.0f} GB"
 
 
+def bits_text(bits_per_second: float) -> str:
+    """``21 Gbit/s``, ``340 Mbit/s``."""
+    if bits_per_second >= 1e9:
+        return f"{bits_per_second / 1e9:.{0 if bits_per_second >= 1e10 else 1}f} Gbit/s"
+    return f"{bits_per_second / 1e6:.0f} Mbit/s"
+
+
 def amount_text(amount: int, in_bytes: bool) -> str:
     """How much of a task, which is counted in bytes or in whatever it is made of."""
     return size_text(amount) if in_bytes else f"{amount:,}"

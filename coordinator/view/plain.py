@@ -14,6 +14,7 @@ from coordinator.stream import (
     STOPPED,
     Advanced,
     FleetFormed,
+    FleetLink,
     FleetMember,
     Noted,
     RunEvent,
@@ -229,7 +230,7 @@ def jsonable(value: Any) -> Any:
             return [jsonable(held) for held in value]
         case None | bool() | int() | str():
             return value
-        case FleetMember():
+        case FleetMember() | FleetLink():
             return jsonable(dataclasses.asdict(value))
         case _:
             return str(value)

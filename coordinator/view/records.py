@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,46 @@ class NodeRecord:
 
     Attributes:
         rows: of each step of the run; 0 where it took no part.
+        compute, wait: its seconds of computing and of waiting in each step; NaN where it took no part.
+        memory: its peak in bytes up to each step; NaN likewise.
         steps: it took part in.
+        last_step: the last of them.
         positions: input tokens, padding included, of all steps.
         compute_seconds, wait_seconds: of all steps.
         peak_memory_bytes: the highest.
     """
 
-    rows: list[float]
+    rows: array[float]
+    compute: array[float]
+    wait: array[float]
+    memory: array[float]
     steps: int = 0
+    last_step: int = 0
     positions: float = 0.0
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
     peak_memory_bytes: float = 0.0
+
+    @staticmethod
+    def absent(steps: int) -> NodeRecord:
+        """A machine that took part in none of so many steps."""
+        nothing = array("d", [math.nan]) * steps
+        return NodeRecord(array("d", [0.0]) * steps, nothing[:], nothing[:], nothing[:])
+
+    def take(self, step: int, part: tuple[float, ...] | None) -> None:
+        """Enter one step's figures, or None where it took no part."""
+        rows, positions, compute, wait, peak = part or (0.0, 0.0, math.nan, math.nan, math.nan)
+        self.rows.append(rows)
+        self.compute.append(compute)
+        self.wait.append(wait)
+        self.memory.append(peak or math.nan)
+        if part is not None:
+            self.steps += 1
+            self.last_step = step
+            self.positions += positions
+            self.compute_seconds += compute
+            self.wait_seconds += wait
+            self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
 
 
 @dataclass
@@ -57,7 +86,7 @@ class RunRecord:
     """
 
     steps: list[int] = field(default_factory=list)
-    columns: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     mean_compute: list[float] = field(default_factory=list)
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
     validations: list[tuple[int, float]] = field(default_factory=list)
@@ -70,31 +99,51 @@ class RunRecord:
         """The finite values of a column."""
         return [value for value in self.columns[name] if math.isfinite(value)]
 
+    def take_metrics(self, row: Mapping[str, Any]) -> None:
+        """Enter one object of ``metrics.jsonl``; steps come in rising order."""
+        step = finite(row.get("step"))
+        if step is None:
+            return
+        if "val_loss" in row:
+            loss = finite(row["val_loss"])
+            if loss is not None:
+                self.validations.append((int(step), loss))
+            return
+        self.steps.append(int(step))
+        for name in COLUMNS:
+            value = number(row.get(name))
+            self.columns[name].append(math.nan if value is None else value)
+        parts = _parts(row.get("per_node"))
+        for name in parts.keys() - self.nodes.keys():
+            self.nodes[name] = NodeRecord.absent(len(self.steps) - 1)
+        for name, node in self.nodes.items():
+            node.take(int(step), parts.get(name))
+        times = [figures[NODE_FIGURES.index("compute_seconds")] for figures in parts.values()]
+        self.mean_compute.append(sum(times) / len(times) if times else math.nan)
+
+    def take_event(self, event: dict[str, Any]) -> None:
+        """Enter one object of ``events.jsonl``."""
+        (self.samples if event.get("kind") == "sample" else self.events).append(event)
+
 
 def read_run(folder: Path) -> RunRecord:
     """Read a run's folder; what is missing or damaged in it is left out."""
     record = RunRecord()
-    steps: dict[int, tuple[float, ...]] = {}
-    validations: dict[int, float] = {}
-    parts: dict[int, dict[str, tuple[float, ...]]] = {}
+    steps: dict[int, dict[str, Any]] = {}
+    validations: dict[int, dict[str, Any]] = {}
     for row in _rows(folder / "metrics.jsonl", record):
         step = finite(row.get("step"))
         if step is None:
             continue
-        if "val_loss" in row:
-            loss = finite(row["val_loss"])
-            if loss is not None:
-                validations[int(step)] = loss
-        else:
-            values = (number(row.get(name)) for name in COLUMNS)
-            steps[int(step)] = tuple(math.nan if value is None else value for value in values)
-            parts[int(step)] = _parts(row.get("per_node"))
-    record.steps = sorted(steps)
-    record.columns = {name: [steps[step][i] for step in record.steps] for i, name in enumerate(COLUMNS)}
-    _fold_parts(record, parts)
-    record.validations = sorted(validations.items())
+        if "val_loss" not in row:
+            steps[int(step)] = row
+        elif finite(row["val_loss"]) is not None:
+            validations[int(step)] = row
+    for rows in (steps, validations):
+        for step in sorted(rows):
+            record.take_metrics(rows[step])
     for event in _rows(folder / "events.jsonl", record):
-        (record.samples if event.get("kind") == "sample" else record.events).append(event)
+        record.take_event(event)
     record.config = read_options(folder / "config.yaml")
     return record
 
@@ -108,20 +157,6 @@ def _parts(per_node: object) -> dict[str, tuple[float, ...]]:
         for name, figures in per_node.items()
         if isinstance(figures, dict)
     }
-
-
-def _fold_parts(record: RunRecord, parts: dict[int, dict[str, tuple[float, ...]]]) -> None:
-    for index, step in enumerate(record.steps):
-        for name, (rows, positions, compute, wait, peak) in parts[step].items():
-            node = record.nodes.setdefault(name, NodeRecord([0.0] * len(record.steps)))
-            node.rows[index] = rows
-            node.steps += 1
-            node.positions += positions
-            node.compute_seconds += compute
-            node.wait_seconds += wait
-            node.peak_memory_bytes = max(node.peak_memory_bytes, peak)
-        times = [figures[NODE_FIGURES.index("compute_seconds")] for figures in parts[step].values()]
-        record.mean_compute.append(sum(times) / len(times) if times else math.nan)
 
 
 def _rows(path: Path, record: RunRecord) -> Iterator[dict[str, Any]]:

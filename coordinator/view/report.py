@@ -13,7 +13,16 @@ from pathlib import Path
 from coordinator.view.charts import Chart
 from coordinator.view.figures import charts_of, tiles_of
 from coordinator.view.records import RunRecord, read_run
-from coordinator.view.sections import commands_html, config_html, nodes_html, samples_html, summary_html, timeline_html
+from coordinator.view.sections import (
+    commands_html,
+    config_html,
+    links_html,
+    nodes_html,
+    samples_html,
+    summary_html,
+    tiles_html,
+    timeline_html,
+)
 from node.files import write_text_atomically
 
 STATUS_WORDS = {"done": "done", "stopped_early": "stopped early", "interrupted": "interrupted", "failed": "failed"}
@@ -55,10 +64,11 @@ def page(
     broken = f"<p class=remark>{record.broken_lines} unreadable lines were left out.</p>" if record.broken_lines else ""
     body = [
         f"<header><p class=kind>Training report</p><h1>{escape(title)} {pill}</h1></header><main>",
-        _tiles(record),
+        tiles_html(tiles_of(record)),
         summary_html(summary),
         _curves(charts),
         nodes_html(record.nodes),
+        links_html(record.events),
         samples_html(record.samples),
         commands_html(commands),
         timeline_html(record.events),
@@ -75,14 +85,6 @@ def page(
         f"<style>{style}</style></head>\n"
         f"<body>{chr(10).join(part for part in body if part)}</body></html>\n"
     )
-
-
-def _tiles(record: RunRecord) -> str:
-    tiles = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
-        for label, value, remark in tiles_of(record)
-    )
-    return f"<dl class=tiles>{tiles}</dl>" if tiles else ""
 
 
 def _curves(charts: Sequence[Chart]) -> str:

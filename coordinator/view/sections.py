@@ -8,14 +8,14 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from coordinator.view.format import duration_text, finite, shortened, size_text, speed_text
+from coordinator.view.format import bits_text, duration_text, finite, shortened, size_text, speed_text
 from coordinator.view.records import NodeRecord
 
 MOST_EVENTS = 400
 MOST_SAMPLES = 60
 SHOWN_SAMPLES = 3
 TEXT_CHARACTERS = 4000
-NODE_HEADINGS = ("rows", "steps", "tokens/s", "compute per step", "wait per step", "peak memory")
+NODE_HEADINGS = ("rows", "steps", "last step", "tokens/s", "compute per step", "wait per step", "peak memory")
 
 
 def summary_html(summary: Mapping[str, str]) -> str:
@@ -24,6 +24,15 @@ def summary_html(summary: Mapping[str, str]) -> str:
         f"<div><dt>{escape(label)}</dt><dd>{escape(str(text))}</dd></div>" for label, text in summary.items()
     )
     return f"<section aria-label=Summary><dl class=facts>{rows}</dl></section>" if rows else ""
+
+
+def tiles_html(tiles: Sequence[tuple[str, str, str]]) -> str:
+    """Key figures: label, value, remark."""
+    items = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
+        for label, value, remark in tiles
+    )
+    return f"<dl class=tiles>{items}</dl>" if items else ""
 
 
 def nodes_html(nodes: Mapping[str, NodeRecord]) -> str:
@@ -38,6 +47,7 @@ def nodes_html(nodes: Mapping[str, NodeRecord]) -> str:
         values = (
             f"{100 * sum(node.rows) / all_rows:.0f} %",
             f"{node.steps:,}",
+            f"{node.last_step:,}",
             speed_text(speed),
             duration_text(node.compute_seconds / max(node.steps, 1)),
             duration_text(node.wait_seconds / max(node.steps, 1)),
@@ -49,6 +59,32 @@ def nodes_html(nodes: Mapping[str, NodeRecord]) -> str:
     remark = "<p class=remark>Tokens are input tokens, padding included, per second of computing.</p>"
     box = "<div class='scroll tall' tabindex=0 role=region aria-label=Machines>"
     return f"<section class=nodes><h2>Machines</h2>{box}{table}</div>{remark}</section>"
+
+
+def links_html(events: Sequence[Mapping[str, Any]]) -> str:
+    """How fast the machines reach each other, as it was last measured."""
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for event in events:
+        links = event.get("links")
+        for link in links if isinstance(links, list) else []:
+            if isinstance(link, Mapping):
+                one, other = sorted((str(link.get("one", "")), str(link.get("other", ""))))
+                found[one, other] = link
+    if not found:
+        return ""
+    head = "".join(f"<th scope=col>{heading}</th>" for heading in ("speed", "latency", "measured"))
+    lines = "".join(_link(pair, link) for pair, link in sorted(found.items()))
+    table = f"<table><thead><tr><th scope=col>between</th>{head}</tr></thead>{lines}</table>"
+    box = "<div class='scroll tall' tabindex=0 role=region aria-label=Links>"
+    return f"<section class=links><h2>Links</h2>{box}{table}</div></section>"
+
+
+def _link(pair: tuple[str, str], link: Mapping[str, Any]) -> str:
+    bits, latency = finite(link.get("bits_per_second")) or 0.0, finite(link.get("latency_seconds")) or 0.0
+    speed = bits_text(bits) if bits > 0 else "not reached"
+    delay = f"{1000 * latency:.1f} ms" if bits > 0 else ""
+    cells = f"<td>{speed}</td><td>{delay}</td><td>{escape(str(link.get('text', '')))}</td>"
+    return f"<tr><th scope=row>{escape(' ↔ '.join(pair))}</th>{cells}</tr>"
 
 
 def commands_html(commands: Sequence[tuple[str, str]]) -> str:
@@ -75,7 +111,7 @@ def samples_html(samples: Sequence[Mapping[str, Any]]) -> str:
     return f"<section class=samples><h2>Samples</h2>{''.join(cards)}</section>" if cards else ""
 
 
-def timeline_html(events: Sequence[Mapping[str, Any]]) -> str:
+def timeline_html(events: Sequence[Mapping[str, Any]], *, newest_first: bool = False) -> str:
     """What happened, and when since the beginning."""
     if not events:
         return ""
@@ -86,7 +122,7 @@ def timeline_html(events: Sequence[Mapping[str, Any]]) -> str:
     when = f"<p class=quiet>Times count from {start:%Y-%m-%d %H:%M:%S %Z}.</p>" if times and start else ""
     left_out = len(events) - len(kept)
     more = f"<p class=remark>{left_out:,} more are in events.jsonl.</p>" if left_out else ""
-    items = "".join(_event(event, began) for event in kept)
+    items = "".join(_event(event, began) for event in (reversed(kept) if newest_first else kept))
     box = "<div class='scroll tall' tabindex=0 role=region aria-label=Events>"
     return f"<section><h2>Events</h2>{when}{box}<ol class=timeline>{items}</ol></div>{more}</section>"
 

@@ -17,9 +17,9 @@ from coordinator.links import (
     ring_connections,
     rounds,
     same_machine,
-    show_rate,
     worth_measuring,
 )
+from coordinator.view.format import bits_text
 from node.errors import NodeError, NodeLost
 from node.hardware import Facts
 from node.info import Interface, InterfaceKind, Measured, NodeInfo, RdmaDevice
@@ -176,6 +176,8 @@ def test_a_link_is_as_good_as_its_worse_direction() -> None:
         a_b=(path("b1", 10, "en3", latency=0.001),), b_a=(path("a1", 4, "en3", latency=0.003),), a_c=(), c_a=()
     )
     links = found.between()
+    told = {(link.one, link.other): (link.bits_per_second, link.text) for link in found.told()}
+    assert told["A", "B"] == (links["a", "b"].bits_per_second, links["a", "b"].text)
     assert links["a", "b"].bits_per_second == 4e9
     assert links["a", "b"].latency_seconds == pytest.approx(0.0015)
     assert (links["a", "c"].bits_per_second, links["a", "c"].text) == (0.0, "A ↔ C: not reached")
@@ -186,7 +188,7 @@ def test_links_in_words() -> None:
         {("s", "a"): (path("x", 21, "en3", "thunderbolt"), path("y", 0.6, "en0", "wifi"))}, {"s": "Studio", "a": "Air"}
     )
     assert found.describe("s", "a") == "Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)"
-    assert [show_rate(bits) for bits in (2.34e9, 40e9, 3.4e8)] == ["2.3 Gbit/s", "40 Gbit/s", "340 Mbit/s"]
+    assert [bits_text(bits) for bits in (2.34e9, 40e9, 3.4e8)] == ["2.3 Gbit/s", "40 Gbit/s", "340 Mbit/s"]
 
 
 def test_rdma_needs_a_cable_between_all_pairs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,19 @@ import pytest
 
 from coordinator import stream
 from coordinator.runfolder import Recorder, RunFolder, read_json_lines
-from coordinator.stream import Advanced, Noted, RunFinished, RunStarted, Sampled, StepFinished, Validated
+from coordinator.stream import (
+    Advanced,
+    Broadcast,
+    FleetFormed,
+    FleetLink,
+    FleetMember,
+    Noted,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    StepFinished,
+    Validated,
+)
 from node.errors import UserError
 
 
@@ -142,6 +155,19 @@ def test_what_the_recorder_writes(folder: RunFolder) -> None:
     assert events[2]["level"] == "warning"
     assert events[2]["step"] == 2
     assert all(event["time"] > 0 for event in events)
+
+
+def test_the_fleet_and_its_links_are_written_by_a_recorder_that_comes_later(folder: RunFolder) -> None:
+    link = FleetLink("Studio", "Air", 2.1e10, 4e-4, "Studio ↔ Air: en3 21 Gbit/s 0.4 ms")
+    members = (FleetMember("Studio", "Apple M2 Max", 64 << 30, 6), FleetMember("Air", None, None, 2))
+    broadcast = Broadcast()
+    broadcast.handle(FleetFormed(members, 8, ("2 machines", "and more"), (link,)))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    broadcast.add(Recorder(folder, pytest.fail))
+    (entry,) = read_json_lines(folder.events)
+    assert (entry["kind"], entry["message"], entry["level"]) == ("fleet", "2 machines", "info")
+    assert entry["links"] == [dataclasses.asdict(link)]
+    assert [(member["name"], member["rows"]) for member in entry["members"]] == [("Studio", 6), ("Air", 2)]
 
 
 def test_a_disk_that_cannot_be_written_is_told_once(folder: RunFolder) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from tests.fixtures.disks import own_disk
-from tests.fixtures.hosts import Host, hosts, hosts_available
+from tests.fixtures.hosts import Host, hosts, switch_available
 from tests.fixtures.nodes import ServingNode
 from tests.fixtures.pairs import pair
+from tests.fixtures.switch import Switch
 from tests.integration.test_fleet_hosts import environment_of
 
-REASON = hosts_available()
+REASON = switch_available()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.slow]
 
 COORDINATOR = str(Path(sys.executable).parent / "coordinator")
@@ -54,8 +55,8 @@ def wrong(findings: list[dict[str, Any]]) -> set[str]:
 @pytest.mark.timeout(290)
 def test_all_five_faults_of_a_machine_are_named_and_the_others_are_well(tmp_path: Path) -> None:
     homes = {name: tmp_path / f"home-{name}" for name in ("anna", "ben", "cleo")}
-    broken = packages(tmp_path / "packages")
-    with hosts(3) as lab, own_disk(homes["cleo"]) as disk, contextlib.ExitStack() as stack:
+    broken, switch = packages(tmp_path / "packages"), Switch()
+    with hosts(3, switch=switch) as lab, own_disk(homes["cleo"]) as disk, contextlib.ExitStack() as stack:
         environments = {name: environment_of(host, homes[name]) for name, host in zip(homes, lab, strict=True)}
         environments["cleo"] |= broken
         nodes = {
@@ -76,7 +77,7 @@ def test_all_five_faults_of_a_machine_are_named_and_the_others_are_well(tmp_path
         assert wrong(by_name["anna"]) | wrong(by_name["ben"]) == set(), well
 
         disk.fill()
-        cleo.deafen()
+        switch.conditions(without_multicast=[2])
         relay = relay_port(well, "cleo")
         cleo.block(relay)
         done = doctor(anna, here, "--json", "--nodes", f"auto,{address}")
@@ -103,8 +104,8 @@ def test_all_five_faults_of_a_machine_are_named_and_the_others_are_well(tmp_path
         shown = doctor(anna, here, "--nodes", f"auto,{address}")
         assert shown.returncode == 1, shown.stderr
         lines = shown.stdout.splitlines()
-        at = next(number for number, line in enumerate(lines) if address in line)
-        assert lines[at].split()[:2] == ["wrong", "answer"]
+        at = next(number for number, line in enumerate(lines) if line.split()[:2] == ["wrong", "answer"])
+        assert address in lines[at]
         assert "no answer" in lines[at]
         assert "firewall" in lines[at + 1]
         disk.free()

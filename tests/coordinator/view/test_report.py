@@ -95,7 +95,7 @@ def test_a_fleet_has_its_machines_shares_and_the_parts_of_a_step(tmp_path: Path)
     text = report(tmp_path)
     page = Page(text)
     ids = [attributes["id"] for tag, attributes in page.tags if tag == "figure"]
-    assert ids == ["loss", "rate", "norm", "speed", "seconds", "shares", "memory"]
+    assert ids == ["loss", "rate", "norm", "speed", "seconds", "shares", "seconds-1", "seconds-2", "memories"]
     charts = {chart.key: chart for chart in charts_of(read_run(tmp_path))}
     last = {curve.label: curve.points[-1][1] for curve in charts["seconds"].curves}
     assert last == pytest.approx({"compute": 0.875, "waiting for the slowest": 0.125, "network": 0.1, "other": 0.05})
