@@ -110,3 +110,6 @@ async def _events(feed: Feed, ending: asyncio.Event) -> AsyncIterator[str]:
             await asyncio.wait_for(ending.wait(), LOOK_EVERY_SECONDS)
         except TimeoutError:
             continue
+    version, text = await feed.latest(last=True)
+    if version != sent:  # how the run ended
+        yield f"data: {text}\n\n"

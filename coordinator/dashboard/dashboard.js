@@ -80,7 +80,8 @@ function options(spec) {
         stacked: spec.curves.some((curve) => curve.look.startsWith("area")),
         grid: { color: grid },
         border: { display: false },
-        ticks: { ...ticks, maxTicksLimit: 6, callback: (value) => shown(Number(value)) },
+        afterBuildTicks: (axis) => { axis.ticks = spec.ticks.map((value) => ({ value })); },
+        ticks: { ...ticks, autoSkip: false, callback: (_, index) => spec.tick_labels[index] },
       },
     },
     plugins: {

@@ -33,11 +33,15 @@ class Feed:
         self.version = 0
         self.text = ""
 
-    async def latest(self) -> tuple[int, str]:
-        """Number and JSON of the newest snapshot; the number is another one where anything has changed."""
+    async def latest(self, *, last: bool = False) -> tuple[int, str]:
+        """Number and JSON of the newest snapshot; the number is another one where anything has changed.
+
+        Args:
+            last: look now, however short a time ago that was done: nobody will ask again.
+        """
         async with self._lock:
             began = time.monotonic()
-            if began >= self._look_at:
+            if last or began >= self._look_at:
                 await asyncio.to_thread(self._look)
                 took = time.monotonic() - began
                 self._look_at = began + took + max(LOOK_EVERY_SECONDS, REST_FACTOR * took)

@@ -100,7 +100,13 @@ class Chart:
 
     def drawing(self) -> dict[str, Any]:
         """What a script needs to draw all of it."""
-        return {**self._data(self.curves), "marks": [{"x": step, "text": text} for step, text in self.marks]}
+        y = self._vertical()
+        return {
+            **self._data(self.curves),
+            "marks": [{"x": step, "text": text} for step, text in self.marks],
+            "ticks": list(y.ticks),
+            "tick_labels": list(y.labels),
+        }
 
     def _data(self, curves: Sequence[Curve]) -> dict[str, Any]:
         y = self._vertical()

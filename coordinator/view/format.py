@@ -71,6 +71,8 @@ def duration_text(seconds: float | None) -> str:
     """A time span by its two largest units."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return MISSING
+    if 0 < seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from coordinator.view.charts import Chart, Curve
 from coordinator.view.curves import mean_points, moving_mean, smoothing_radius
-from coordinator.view.format import GIB
+from coordinator.view.format import GIB, finite
 from coordinator.view.records import NodeRecord, RunRecord
 
 MOST_SHARES = 6
@@ -51,7 +51,9 @@ def _seconds(record: RunRecord) -> list[Chart]:
     charts = []
     for number, name in enumerate(_by_rows(record)[:MOST_SHARES], start=1):
         node = record.nodes[name]
-        indices = [i for i, compute in enumerate(node.compute) if math.isfinite(compute)]
+        present = [i for i, compute in enumerate(node.compute) if math.isfinite(compute)]
+        # In the steps between, in which it took no part, it spent nothing.
+        indices = range(present[0], present[-1] + 1) if present else range(0)
         steps, radius = [record.steps[i] for i in indices], smoothing_radius(len(indices))
         curves = []
         for look, (label, values) in zip(("area-1", "area-2", "area-4"), _split(record, node, indices), strict=True):
@@ -68,11 +70,12 @@ def _split(record: RunRecord, node: NodeRecord, indices: Sequence[int]) -> list[
     The shortest wait of any machine is that of the one which all waited for, so it is the network's; what a machine
     waited longer was for others.
     """
-    network = [min(record.columns["wait_seconds"][i], node.wait[i]) for i in indices]
+    compute, wait = ([finite(values[i]) or 0.0 for i in indices] for values in (node.compute, node.wait))
+    network = [min(record.columns["wait_seconds"][i], own) for i, own in zip(indices, wait, strict=True)]
     return [
-        ("compute", [node.compute[i] for i in indices]),
+        ("compute", compute),
         ("network", network),
-        ("waiting for others", [max(node.wait[i] - part, 0.0) for i, part in zip(indices, network, strict=True)]),
+        ("waiting for others", [max(own - part, 0.0) for own, part in zip(wait, network, strict=True)]),
     ]
 
 

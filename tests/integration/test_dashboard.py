@@ -57,10 +57,18 @@ class Watching:
         self.page.on("request", lambda request: self.asked.add(request.url))
         self.address = address
         self.page.goto(address)
-        self.page.wait_for_function("document.body.dataset.connected === 'true'", timeout=LONGEST_WAIT_MS)
+        self.until("document.body.dataset.connected === 'true'")
 
     def until(self, condition: str) -> None:
-        self.page.wait_for_function(condition, timeout=LONGEST_WAIT_MS)
+        """Wait until this holds in the page. (Playwright's own way takes `eval`, which the page rightly forbids.)"""
+        self.page.evaluate(f"""new Promise((resolve, reject) => {{
+            const look = () => ({condition}) ? resolve() : undefined;
+            new MutationObserver(look).observe(
+                document.documentElement, {{attributes: true, childList: true, characterData: true, subtree: true}}
+            );
+            setTimeout(() => reject(new Error("it never came: " + {json.dumps(condition)})), {LONGEST_WAIT_MS});
+            look();
+        }})""")
 
     def read(self, chart: str) -> str:
         """What the last point of a chart is, as a screen reader is told it."""
@@ -181,7 +189,7 @@ def _look_around(after: Watching, adapter: Path, shots: Path) -> None:
     page.locator("#shares summary").press("Enter")
     assert page.locator("#shares table").is_visible()
     assert page.locator("#shares thead th").count() == 4
-    assert page.locator("#loss thead th").first.inner_text() == "step"
+    assert page.locator("#loss thead th").first.text_content() == "step"
     page.screenshot(path=shots / "after.png", full_page=True)
     assert losses(adapter)[-1][0] == ITERS
     after.check()

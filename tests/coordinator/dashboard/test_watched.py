@@ -117,6 +117,18 @@ def test_a_fleet_is_split_by_node_into_compute_network_and_waiting(tmp_path: Pat
     assert "en3 &lt;b&gt;" in links
 
 
+def test_a_machine_spends_nothing_in_the_steps_between_that_it_took_no_part_in(tmp_path: Path) -> None:
+    both, one = ("Studio", "Air"), ("Studio",)
+    parts = [both, both, one, one, both]
+    add(tmp_path / "metrics.jsonl", *(fleet_metrics(step, names) for step, names in enumerate(parts, start=1)))
+    run = Watched(tmp_path, "x")
+    run.refresh()
+    (chart,) = (chart for chart in run_snapshot(run)["charts"] if "Step of Air" in chart["html"])
+    compute, network, _ = (curve["y"] for curve in chart["curves"])
+    for seconds in (compute, network):
+        assert [value > 0 for value in seconds] == [True, True, False, False, True]
+
+
 def test_runs_are_compared_by_their_curves_figures_and_options(tmp_path: Path) -> None:
     runs = []
     for name, rank in (("a", 8), ("b", 16)):
