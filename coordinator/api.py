@@ -1,40 +1,58 @@
-"""The program as Python functions: what the commands call, for scripts and notebooks too."""
+"""The program as Python functions: what the commands do, for scripts, notebooks and asyncio programs.
+
+Functions that wait may be called where an event loop is running already (a notebook). An asyncio program that has other
+things to do meanwhile awaits ``start_training``, and calls the others by ``asyncio.to_thread``.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
-
+from coordinator.callbacks import CallbacksLike, as_tuple, call_back
 from coordinator.config import TrainConfig
 from coordinator.evaluation import TestOptions, TestResult
 from coordinator.evaluation import test as _test
 from coordinator.fusing import FuseOptions, FuseResult
 from coordinator.fusing import fuse as _fuse
 from coordinator.generation import Answer, GenerateOptions, answers
+from coordinator.interrupts import Interrupts
 from coordinator.job import RunResult
-from coordinator.job import train as _train
+from coordinator.loop_thread import run_to_end
 from coordinator.stream import Reader
+from coordinator.training import Training
 from coordinator.workers import Quiet
 
-_T = TypeVar("_T")
 
+def train(
+    config: TrainConfig, view: Reader | None = None, *, resume: bool = False, callbacks: CallbacksLike = ()
+) -> RunResult:
+    """Fine-tune a model, and wait for it.
 
-def train(config: TrainConfig, view: Reader | None = None, *, resume: bool = False) -> RunResult:
-    """Fine-tune a model.
+    Ctrl-C, or a notebook's stop button, saves and stops; a second one leaves at once, by ``KeyboardInterrupt``.
 
     Args:
         config: all options.
-        view: follows the run; None shows nothing.
-        resume: go on with the run in ``config.adapter_path``, from the newest state that anyone holds.
+        view: follows the run, in the run's own thread; must not take long. None shows nothing.
+        resume: go on with the run in ``config.adapter_path``, from the newest state that anyone holds, and with its
+            own options where ``config`` has defaults.
+        callbacks: called in the caller's thread.
+
+    Returns:
+        How it ended; ``status`` is ``interrupted`` when a callback stopped it.
 
     Raises:
         UserError: a mistake in what was asked for; nothing was written.
         Interrupted: stopped by Ctrl-C; the state is saved.
         TandemError: the run failed.
     """
-    return run_to_end(lambda: _train(config, view or Quiet(), resume=resume))
+    training = Training(config, view, resume=resume)
+    called = as_tuple(callbacks)
+    with Interrupts(training.stop, training.abort) as interrupts:
+        with training.start():
+            if called:
+                call_back(training, called, training.stop)
+        result = training.result()
+    if interrupts.pressed and training.stopped is not None:
+        raise training.stopped
+    return result
 
 
 def test(options: TestOptions, view: Reader | None = None) -> TestResult:
@@ -62,26 +80,3 @@ def fuse(options: FuseOptions, view: Reader | None = None) -> FuseResult:
         TandemError: see ``train``.
     """
     return run_to_end(lambda: _fuse(options, view or Quiet()))
-
-
-def run_to_end(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-    """Run a coroutine, also where an event loop is running already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(make())
-    outcome: list[_T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(asyncio.run(make()))
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            failure.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]

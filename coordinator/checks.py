@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coordinator.config import TrainConfig
 from coordinator.data.tokenset import TokenSet
-from coordinator.estimate.architecture import Architecture, architecture, has_experts
+from coordinator.memory.architecture import Architecture, architecture, has_experts
 from coordinator.models import ResolvedModel
 from coordinator.update_rule import nearest
 from coordinator.weight_files import weight_shapes

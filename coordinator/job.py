@@ -72,7 +72,7 @@ class RunResult:
 
     Attributes:
         run: its id.
-        status: ``done`` or ``stopped_early``.
+        status: ``done``, ``stopped_early`` or, when it was stopped before its end, ``interrupted``.
         folder: what it left behind.
         steps: optimizer steps applied, over all sittings.
         best_step: of the validations, or None.
@@ -93,6 +93,19 @@ class RunResult:
     written: tuple[str, ...]
 
 
+class Stopped(Interrupted):
+    """A run was stopped before its end.
+
+    Args:
+        message: where, what is saved, and how to go on.
+        result: what there is so far.
+    """
+
+    def __init__(self, message: str, result: RunResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 async def plan(config: TrainConfig, view: Reader) -> Plan:
     """Find the nodes, have them load the model, measure, and say who would do what. Nothing is written.
 
@@ -109,7 +122,13 @@ async def plan(config: TrainConfig, view: Reader) -> Plan:
 
 
 async def train(
-    config: TrainConfig, view: Reader, *, resume: bool = False, run: str | None = None, log: Path | None = None
+    config: TrainConfig,
+    view: Reader,
+    *,
+    resume: bool = False,
+    stop: asyncio.Event | None = None,
+    run: str | None = None,
+    log: Path | None = None,
 ) -> RunResult:
     """Run a training.
 
@@ -117,16 +136,22 @@ async def train(
         config: all options.
         view: shows the run; closed when it ends.
         resume: go on with the run in the adapter folder, from the newest state that anyone holds.
+        stop: set, from this event loop, by whoever wants it to save and end. Ctrl-C does, too, where signals can be
+            caught.
         run: the id of a new run; one is made when it is None.
         log: where the view writes when nobody sees it, for those who ask.
 
     Raises:
         UserError: a mistake in what was asked for; nothing was written.
-        Interrupted: stopped by Ctrl-C; the state is saved.
+        Stopped: by Ctrl-C or ``stop``; the state is saved.
         TandemError: the run failed.
     """
     with contextlib.closing(Broadcast([view])) as reader:
-        result = await _Job(config, reader, view, resume, run, log).run()
+        job = _Job(config, reader, view, resume, stop, run, log)
+        try:
+            result = await job.run()
+        except Interrupted as error:
+            raise Stopped(str(error), job.result("interrupted")) from None
         assert result is not None
         return result
 
@@ -140,6 +165,7 @@ class _Job:
         reader: Broadcast,
         view: Reader,
         resume: bool,
+        stop: asyncio.Event | None = None,
         run: str | None = None,
         log: Path | None = None,
     ) -> None:
@@ -148,7 +174,7 @@ class _Job:
         self.view = view
         self.resume = resume
         self.folder = RunFolder(Path(config.adapter_path))
-        self.stop = asyncio.Event()
+        self.stop = stop if stop is not None else asyncio.Event()
         self.run_id = (self.folder.run_id() if resume else None) or run or new_id()
         self.work_folder = new_job_folder(self.run_id)
         self.log = log
@@ -156,6 +182,8 @@ class _Job:
         self.selection: Selection | None = None
         self.fleet: Fleet | None = None
         self.taken: TakenUp | None = None
+        self.engine: Engine | None = None
+        self.progress = Progress(0, 0)
         self.validation: Evaluation | None = None
         self.token_limit: int | None = None
 
@@ -209,12 +237,13 @@ class _Job:
         if self.resume:
             self.folder.lock()
             checkpoint = self._checkpoint()
+            self.progress = checkpoint.progress if checkpoint is not None else self.progress
         data = await asyncio.to_thread(self._prepare, model)
         self._resolve_counts(data["train"])
         self.program = _program(self.config, validates="valid" in data)
         if self.resume:
             self.taken = await self._take_up(checkpoint, data)
-        engine = self._engine(model, data, self.taken.checkpoint if self.taken is not None else None)
+        engine = self.engine = self._engine(model, data, self.taken.checkpoint if self.taken is not None else None)
         try:
             members = await engine.prepare()
             if self.fleet is not None and self.selection is not None:
@@ -488,7 +517,16 @@ class _Job:
         await engine.close()
         written = await fuse_result(self.config, model, self.folder, self.reader, best_node)
         status = "stopped_early" if engine.stopped_early else "done"
-        result = RunResult(
+        result = self.result(status, test_loss, written)
+        published = progress if best is None else dataclasses.replace(progress, step=best.progress.step)
+        lines = summary(self.folder, published, test_loss, engine.replayed_steps, written, speed)
+        self.books.close(status, lines, next_commands(self.config, self.config.model, status, written))
+        return result
+
+    def result(self, status: str, test_loss: float | None = None, written: tuple[str, ...] = ()) -> RunResult:
+        """What there is by now."""
+        progress = self.engine.progress if self.engine is not None else self.progress
+        return RunResult(
             run=self.run_id,
             status=status,
             folder=self.folder.path,
@@ -496,13 +534,9 @@ class _Job:
             best_step=progress.best_step,
             best_val_loss=progress.best_loss,
             test_loss=test_loss,
-            replayed_steps=engine.replayed_steps,
+            replayed_steps=self.engine.replayed_steps if self.engine is not None else 0,
             written=written,
         )
-        published = progress if best is None else dataclasses.replace(progress, step=best.progress.step)
-        lines = summary(self.folder, published, test_loss, engine.replayed_steps, written, speed)
-        self.books.close(status, lines, next_commands(self.config, self.config.model, status, written))
-        return result
 
     def _publish_best(self, engine: Engine) -> Checkpoint | None:
         """After an early stop the best checkpoint is the result, if it could be written; None: the last step is."""
@@ -570,7 +604,7 @@ class _Job:
         Gives whether signals reach us.
         """
         loop = asyncio.get_running_loop()
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handled: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
         def on_signal(number: signal.Signals) -> None:
             if self.stop.is_set():
@@ -583,6 +617,9 @@ class _Job:
             line = "stopping; Ctrl-C again leaves at once" if typed else "stopping: the step is finished and saved"
             self.reader.handle(Noted("stopping", line))
 
+        # nohup is meant to outlive its terminal.
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = tuple(number for number in handled if number != signal.SIGHUP or not nohup)
         try:
             for number in handled:
                 loop.add_signal_handler(number, on_signal, number)

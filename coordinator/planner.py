@@ -134,6 +134,9 @@ class Plan:
     left_out: tuple[LeftOut, ...]
     advice: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return "\n".join(describe(self))
+
     @property
     def step_seconds(self) -> float:
         """Of a whole step."""

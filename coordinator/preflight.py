@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import TrainConfig
-from coordinator.estimate import EstimateOptions, advise, estimate
-from coordinator.estimate.weights import quantization
+from coordinator.memory import EstimateOptions, advise, estimate
+from coordinator.memory.weights import quantization
 from coordinator.models import ResolvedModel, weight_shapes
 from node.errors import UserError
 from node.hardware import Facts, facts

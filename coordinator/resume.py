@@ -55,6 +55,24 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
     return merge(values, {})
 
 
+def taken_up(config: TrainConfig) -> TrainConfig:
+    """The options to go on with the run in ``config.adapter_path``: its own, but for those that differ from defaults.
+
+    Raises:
+        UserError: see ``resumed_config``.
+    """
+    given = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != _default(field)
+    }
+    return resumed_config(Path(config.adapter_path), given)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _decisive(config: TrainConfig) -> dict[str, Any]:
     """What decides what is computed; of options that say the same in two ways, what they come to."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}

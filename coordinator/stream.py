@@ -114,6 +114,16 @@ class StepFinished:
     metrics: dict[str, Any]
     report: bool
 
+    @property
+    def step(self) -> int:
+        """Its number, from 1."""
+        return int(self.metrics["step"])
+
+    @property
+    def loss(self) -> float:
+        """Mean over the step's target tokens, before the update."""
+        return float(self.metrics["loss"])
+
 
 @dataclass(frozen=True)
 class Validated:
@@ -121,6 +131,16 @@ class Validated:
 
     metrics: dict[str, Any]
     best: bool
+
+    @property
+    def step(self) -> int:
+        """Steps done by then."""
+        return int(self.metrics["step"])
+
+    @property
+    def loss(self) -> float:
+        """Mean over the target tokens of the validation set."""
+        return float(self.metrics["val_loss"])
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,9 @@ def test_help_imports_nothing_heavy(program: str) -> None:
 def test_the_wheel_holds_our_packages_and_nothing_else(tmp_path: Path) -> None:
     copy = tmp_path / "source"
     check("git", "clone", "--quiet", ROOT, copy)
-    for name in check("git", "ls-files", "--others", "--modified", "--exclude-standard").splitlines():
+    new = check("git", "ls-files", "--others", "--exclude-standard").splitlines()
+    changed = check("git", "diff", "--name-only", "HEAD").splitlines()  # in the index or not
+    for name in [*new, *changed]:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
@@ -154,6 +156,7 @@ def test_the_wheel_holds_our_packages_and_nothing_else(tmp_path: Path) -> None:
     assert tops == {"coordinator", "node", "tandem"}
     assert "tandem/v1/worker_pb2.py" in names
     assert {"coordinator/view/report.js", "coordinator/dashboard/dashboard.js"} <= set(names)
+    assert {"coordinator/py.typed", "node/py.typed"} <= set(names)
 
 
 def test_mlx_comes_in_the_right_kind_for_each_platform() -> None:

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from coordinator.config import OPTIMIZERS
-from coordinator.estimate import Advice, Estimate, EstimateOptions, advise
-from coordinator.estimate import estimate as estimate_memory
-from coordinator.estimate.architecture import architecture, has_experts
-from coordinator.estimate.weights import quantization
-from coordinator.models import Peek, peek
-from coordinator.preflight import memory_limit
-from node.hardware import GIB, Facts, default_gpu_memory, describe, facts
-from node.sizes import parse_size, show_size
+from coordinator.estimates import JobMemory, MethodMemory
+from coordinator.estimates import estimate as estimate_job
+from coordinator.memory import Advice, Estimate
+from coordinator.memory import estimate as estimate_step
+from coordinator.memory.architecture import architecture
+from coordinator.memory.weights import quantization
+from node.hardware import GIB, describe
+from node.sizes import show_size
 
-COMFORTABLE = 0.8
-"""Part of the limit up to which a job leaves the system room."""
 _COLOURS = {"green": "green", "yellow": "yellow", "red": "red"}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One method: what it needs and how that looks on the machine (``green``, ``yellow``, ``red`` or ``unknown``)."""
-
-    method: str
-    options: EstimateOptions
-    needed: Estimate
-    verdict: str
 
 
 @click.command(help="Estimate the memory of a training job without loading the model.")
@@ -47,65 +35,15 @@ class Line:
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def estimate(model: str, memory: str | None, as_json: bool, **chosen: Any) -> None:
     """Show the table."""
-    chosen["rank"] = chosen.pop("lora_rank")
-    options = EstimateOptions(**chosen)
-    seen = peek(model)
-    machine = _machine(memory)
-    limit = memory_limit(machine)
-    lines = [_line(seen, name, changed, limit) for name, changed in methods(seen, options)]
-    mine = _line(seen, "chosen", options, limit)
-    advice = None
-    if limit is not None and mine.verdict in {"yellow", "red"}:
-        advice = advise(seen.config, seen.shapes, options, int(limit * COMFORTABLE), model)
+    found = estimate_job(model, memory=memory, **chosen)
     if as_json:
-        click.echo(json.dumps(_as_data(seen, machine, lines, mine, advice), indent=2))
+        click.echo(json.dumps(_as_data(found), indent=2))
     else:
-        _show(seen, machine, lines, mine, advice)
+        _show(found)
 
 
-def methods(seen: Peek, options: EstimateOptions) -> list[tuple[str, EstimateOptions]]:
-    """The methods that this model can be trained by, by name."""
-    bits, _ = quantization(seen.config)
-    found = [
-        ("lora 4-bit", replace(options, fine_tune_type="lora", bits=4)),
-        ("lora", replace(options, fine_tune_type="lora")),
-        ("dora", replace(options, fine_tune_type="dora")),
-        ("full", replace(options, fine_tune_type="full")),
-    ]
-    if bits:
-        found = [
-            (f"lora {bits}-bit", replace(options, fine_tune_type="lora")),
-            (f"dora {bits}-bit", replace(options, fine_tune_type="dora")),
-        ]
-    # Experts have no DoRA in mlx_lm.
-    return [(name, chosen) for name, chosen in found if not (name.startswith("dora") and has_experts(seen.config))]
-
-
-def _machine(memory: str | None) -> Facts:
-    """This machine, or a Mac with so much memory of which nothing is known but that."""
-    if memory is None:
-        return facts()
-    total = parse_size(memory, "--memory")
-    return replace(
-        facts(),
-        name=f"a Mac with {total / GIB:.0f} GB",
-        chip=None,
-        total_memory_bytes=total,
-        free_memory_bytes=None,
-        gpu_memory_bytes=default_gpu_memory(total),
-        os=None,
-    )
-
-
-def _line(seen: Peek, method: str, options: EstimateOptions, limit: int | None) -> Line:
-    needed = estimate_memory(seen.config, seen.shapes, options)
-    if limit is None:
-        return Line(method, options, needed, "unknown")
-    verdict = "red" if needed.total > limit else "yellow" if needed.total > limit * COMFORTABLE else "green"
-    return Line(method, options, needed, verdict)
-
-
-def _show(seen: Peek, machine: Facts, lines: list[Line], mine: Line, advice: Advice | None) -> None:
+def _show(found: JobMemory) -> None:
+    seen, machine, mine = found.seen, found.machine, found.chosen
     model, options = architecture(seen.config), mine.options
     bits, _ = quantization(seen.config)
     source = "exact, from its files" if mine.needed.exact_weights else "estimated from config.json"
@@ -119,19 +57,19 @@ def _show(seen: Peek, machine: Facts, lines: list[Line], mine: Line, advice: Adv
         f" rank {options.rank}, {options.optimizer}{', gradient checkpointing' if options.grad_checkpoint else ''}\n"
     )
     click.echo(f"{'GB':<12}{'weights':>9}{'trained':>9}{'layers':>9}{'loss':>9}{'rest':>9}{'total':>9}")
-    for line in lines:
+    for line in found.methods:
         click.echo(f"{line.method:<12}{_numbers(line.needed)}  {_verdict(line.verdict)}")
-    limit = memory_limit(machine)
+    limit = found.limit_bytes
     room = "memory unknown" if limit is None else f"{show_size(limit)} for training"
     click.echo(f"\n{describe(machine) if machine.chip else machine.name}: {room}")
-    shorter = estimate_memory(seen.config, seen.shapes, replace(options, max_seq_length=512)).total
+    shorter = estimate_step(seen.config, seen.shapes, replace(options, max_seq_length=512)).total
     if options.max_seq_length > 512:
         click.echo(f"{options.fine_tune_type} with rows of at most 512 tokens: {show_size(shorter)}")
     if mine.verdict in {"yellow", "red"} and options.batch_size > 1:
-        alone = estimate_memory(seen.config, seen.shapes, replace(options, micro_batch_rows=1)).total
+        alone = estimate_step(seen.config, seen.shapes, replace(options, micro_batch_rows=1)).total
         click.echo(f"computed one row at a time, as train does by itself where memory is short: {show_size(alone)}")
-    if advice is not None:
-        _show_advice(advice)
+    if found.advice is not None:
+        _show_advice(found.advice)
 
 
 def _show_advice(advice: Advice) -> None:
@@ -158,13 +96,14 @@ def _verdict(verdict: str) -> str:
     return click.style(words[verdict], fg=_COLOURS.get(verdict))
 
 
-def _as_data(seen: Peek, machine: Facts, lines: list[Line], mine: Line, advice: Advice | None) -> dict[str, Any]:
+def _as_data(found: JobMemory) -> dict[str, Any]:
+    advice = found.advice
     return {
-        "model": seen.name,
-        "options": dataclasses.asdict(mine.options),
-        "machine": dataclasses.asdict(machine) | {"limit_bytes": memory_limit(machine)},
-        "chosen": _line_data(mine),
-        "methods": [_line_data(line) for line in lines],
+        "model": found.seen.name,
+        "options": dataclasses.asdict(found.chosen.options),
+        "machine": dataclasses.asdict(found.machine) | {"limit_bytes": found.limit_bytes},
+        "chosen": _method_data(found.chosen),
+        "methods": [_method_data(method) for method in found.methods],
         "advice": [
             {"name": m.name, "command": m.command, "total_bytes": m.estimate.total, "fits": m.fits}
             for m in ((*advice.measures, advice.combined) if advice is not None else ())
@@ -173,6 +112,6 @@ def _as_data(seen: Peek, machine: Facts, lines: list[Line], mine: Line, advice: 
     }
 
 
-def _line_data(line: Line) -> dict[str, Any]:
-    sizes = dataclasses.asdict(line.needed) | {"total_bytes": line.needed.total}
-    return {"method": line.method, "verdict": line.verdict} | sizes
+def _method_data(found: MethodMemory) -> dict[str, Any]:
+    sizes = dataclasses.asdict(found.needed) | {"total_bytes": found.needed.total}
+    return {"method": found.method, "verdict": found.verdict} | sizes

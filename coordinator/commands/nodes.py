@@ -8,9 +8,9 @@ import time
 
 import click
 
-from coordinator.discovery import Found, Wanted, choose, look, parse_wanted
+from coordinator.discovery import choose, parse_wanted
+from coordinator.listing import find_nodes
 from coordinator.view.nodes import as_data, print_table
-from node.hardware import Facts, facts
 
 
 @click.command(help="Show who is there: machines that can take part in a training.")
@@ -21,20 +21,9 @@ from node.hardware import Facts, facts
 def nodes(wanted: str, as_json: bool) -> None:
     """List nodes."""
     parsed = parse_wanted(wanted)
-    found, ours = asyncio.run(_look(parsed))
+    found, ours = asyncio.run(find_nodes(parsed, lambda line: click.echo(line, err=True)))
     chosen = choose(parsed, found)
     if as_json:
         click.echo(json.dumps(as_data(found, chosen, ours, time.time()), indent=2))
     else:
         print_table(found, chosen, ours)
-
-
-async def _look(wanted: Wanted) -> tuple[Found, Facts]:
-    found, ours = await asyncio.gather(look(wanted), asyncio.to_thread(facts))
-    if any(seen.join and not seen.own for seen in found.nodes):
-        from coordinator.home import home
-        from coordinator.pairing import Pairing, join_all
-
-        if await join_all(Pairing(home()), found, lambda line: click.echo(line, err=True)):
-            found = await look(wanted)
-    return found, ours

@@ -64,7 +64,9 @@ def run(
     **flags: Any,
 ) -> None:
     """Start a run, or go on with one."""
-    from coordinator.api import train as start
+    import asyncio
+
+    from coordinator.job import train as start
     from coordinator.view import make_view
     from node.hardware import facts
 
@@ -102,7 +104,7 @@ def run(
             place = open_place(dashboard_host, dashboard_port)
             click.echo(f"dashboard: {place.url}", err=True)  # nowhere else: events are written down, with the token
             stack.enter_context(beside(place, [Path(options.adapter_path)]))
-        start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume)
+        asyncio.run(start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume))
 
 
 def _detach(options: TrainConfig, mode: ViewMode, *, resume: bool) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from coordinator.commands.train import load
 from coordinator.config import TrainConfig
 from coordinator.config_file import merge, parse_mapping, read_yaml, write_yaml
+from coordinator.resume import taken_up
 from coordinator.runfolder import RunFolder
 from coordinator.specs import adapter_config, job_spec
 from node.errors import UserError
@@ -316,6 +317,14 @@ def test_saying_the_same_again_is_no_change(run: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(run.parent)
     assert resumed(run, lora_rank=8, data="data", mask="prompt").data == str(run.parent / "data")
     assert resumed(run, mask_prompt=True, lora_scale=2.0, lora_parameters={"rank": 8}).target_mask == "prompt"
+
+
+def test_a_program_that_resumes_takes_the_options_of_the_run_too(run: Path) -> None:
+    config = taken_up(TrainConfig(adapter_path=str(run), keep_last=2))
+    assert (config.model, config.iters, config.mask, config.keep_last) == ("m", 10, "prompt", 2)
+    assert taken_up(config) == config
+    with pytest.raises(UserError, match="--lora-rank was 8 in this run and cannot become 4"):
+        taken_up(dataclasses.replace(config, lora_rank=4))
 
 
 def test_resuming_where_nothing_is(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_what_we_know_of_mlx_lm_is_still_so(model: Path) -> None:
 def test_nothing_heavy_is_imported(model: Path) -> None:
     program = (
         f"import sys\nfrom coordinator.models import resolve\nresolve({str(model)!r})\n"
-        "from coordinator.estimate import advise\nimport coordinator.commands.estimate, coordinator.preflight\n"
+        "from coordinator.memory import advise\nimport coordinator.commands.estimate, coordinator.preflight\n"
         "print(sorted({'mlx', 'mlx_lm', 'numpy', 'transformers', 'huggingface_hub', 'rich'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from coordinator.commands.estimate import estimate as command
-from coordinator.estimate import EstimateOptions, advise, estimate
-from coordinator.estimate.architecture import architecture
+from coordinator.memory import EstimateOptions, advise, estimate
+from coordinator.memory.architecture import architecture
 from node.clikit import run_cli
 from node.hardware import GIB
-from tests.coordinator.estimate.test_memory import TABLE
+from tests.coordinator.memory.test_step import TABLE
 from tests.fixtures.models import tiny_model
 
 SEVEN: dict[str, Any] = TABLE["7B"][0]

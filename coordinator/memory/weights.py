@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.estimate.architecture import Architecture, Linear
+from coordinator.memory.architecture import Architecture, Linear
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Of each tensor by name: safetensors dtype (``F32``, ``BF16``, …) and shape."""

@@ -13,9 +13,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from coordinator.estimate import EstimateOptions, estimate
-from coordinator.estimate.architecture import architecture
-from coordinator.estimate.weights import expected_weights, read_weights
+from coordinator.memory import EstimateOptions, estimate
+from coordinator.memory.architecture import architecture
+from coordinator.memory.weights import expected_weights, read_weights
 from coordinator.models import weight_shapes
 from node.errors import UserError
 from node.spec import OptimizerSpec, TuningSpec
@@ -87,7 +87,7 @@ def estimated(wanted: dict[str, Any]) -> int:
 @pytest.mark.slow
 def test_the_estimate_is_near_the_peak_of_real_steps() -> None:
     """Measured in one process of its own, so that only these jobs are in MLX's counters."""
-    command = [sys.executable, "-m", "tests.coordinator.estimate.measure"]
+    command = [sys.executable, "-m", "tests.coordinator.memory.measure"]
     done = subprocess.run(
         command, input=json.dumps(list(MEASURED.values())), capture_output=True, text=True, check=True, timeout=250
     )

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from coordinator.estimate.architecture import Architecture, Linear, architecture
-from coordinator.estimate.weights import Shapes, Weights, expected_weights, read_weights
+from coordinator.memory.architecture import Architecture, Linear, architecture
+from coordinator.memory.weights import Shapes, Weights, expected_weights, read_weights
 from node.spec import FineTuneType
 
 MIB = 1 << 20

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator.estimate.architecture import architecture
-from coordinator.estimate.memory import Estimate, EstimateOptions, estimate
-from coordinator.estimate.weights import Shapes, quantization
+from coordinator.memory.architecture import architecture
+from coordinator.memory.step import Estimate, EstimateOptions, estimate
+from coordinator.memory.weights import Shapes, quantization
 
 SHORTEST_ROWS = 256
 SMALLEST_RANK = 4
