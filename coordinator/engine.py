@@ -24,7 +24,7 @@ from coordinator.crew import Crew, Member, MemberFailed, StopRequested, Woken
 from coordinator.ledger import Applied, Fault, Ledger, Tally, metrics_of
 from coordinator.pace import Pace
 from coordinator.planner import StepSplit, network_waits, says_slow_network
-from coordinator.pressure import slowed
+from coordinator.pressure import in_words, slowed
 from coordinator.program import Action, Program
 from coordinator.prompts import SamplePrompt
 from coordinator.regroup import Excluded, Muster, Regroup, Trouble
@@ -558,7 +558,7 @@ class Engine:
             case events.Condition():
                 line = member.is_now(event)
                 if line is not None:
-                    self._note("condition", line, "warning", node=member.name)
+                    self._note("condition", line, "warning", node=member.name, now=in_words(event))
             case events.Synchronised(step, difference):
                 self._synchronised(member, step, difference)
             case events.Copied(requested=False):

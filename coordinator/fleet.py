@@ -29,6 +29,7 @@ from coordinator.models import ResolvedModel
 from coordinator.pace import Pace, Speed
 from coordinator.planner import Candidate, JobFacts, LeftOut, Plan, describe, plan
 from coordinator.preflight import check_memory, fitting_tokens, least_bytes, memory_limit
+from coordinator.pressure import in_words
 from coordinator.program import Program
 from coordinator.recruits import NotWorth, Recruiter
 from coordinator.regroup import Excluded
@@ -553,7 +554,8 @@ class Fleet:
         # What its node said while the model was loaded and measured.
         line = node.member.is_now(node.link.condition)
         if line is not None:
-            self._reader.handle(Noted("condition", line, "warning", {"node": node.info.name}))
+            details = {"node": node.info.name, "now": in_words(node.link.condition)}
+            self._reader.handle(Noted("condition", line, "warning", details))
         return node.member
 
     async def _drop_problems(self) -> None:

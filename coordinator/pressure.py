@@ -31,6 +31,13 @@ def slowed(pace: Pace, factor: float) -> Pace:
     return pace if factor == 1.0 else Pace(pace.speed, pace.factor / factor, pace.recent)
 
 
+def in_words(condition: Condition) -> str:
+    """What is not well, in a few words: ``hot, memory red``; "" where all is, or nothing is known."""
+    heat, memory = HEAT_WORDS.get(condition.thermal), MEMORY_WORDS.get(condition.memory)
+    battery = "on battery" if condition.battery == "yes" else None
+    return ", ".join(word for word in (heat, f"memory {memory}" if memory else None, battery) if word)
+
+
 def says(name: str, condition: Condition, before: Condition | None = None) -> str | None:
     """What has changed, in one line: ``Air: memory pressure is yellow; its share is lowered to 75 %``; None if nothing.
 

@@ -30,10 +30,10 @@ def fleet_lines(state: RunState, width: int, height: int) -> list[Text]:
         return [Text(), *(Text(one_line(line)) for line in planned[:most])] if planned else []
     columns = [(heading, cells) for heading, cells, from_width in COLUMNS if width >= from_width]
     heading = f"{'node':<{NAME_CELLS}}" + "".join(f"{heading:>{cells}}" for heading, cells in columns)
-    members = list(state.members.by_name.values())
-    shown = members if len(members) <= most else members[: most - 1]
-    rows = [_row(state, member, columns, width) for member in shown]
-    hidden = len(members) - len(shown)
+    rows = [_row(state, member, columns, width) for member in state.members.by_name.values()]
+    rows += [_away(name, word, columns, width) for name, word in state.members.away.items()]
+    hidden = len(rows) - (most - 1) if len(rows) > most else 0
+    rows = rows[: len(rows) - hidden]
     more = [Text(f"and {hidden} more", style="dim")] if hidden else []
     return [Text(), Text(heading, style="dim"), *rows, *more]
 
@@ -46,15 +46,26 @@ def _row(state: RunState, member: MemberState, columns: list[tuple[str, int]], w
         "wait": _seconds(member.wait_seconds),
         "memory": size_text(member.peak_memory_bytes),
     }
-    name = Text(shortened(one_line(member.name), NAME_CELLS - 1))
-    name.truncate(NAME_CELLS - 1, overflow="ellipsis", pad=True)  # names may have wide characters
-    line = Text.assemble(name, " ")
+    line = _name(member.name)
     for heading, cells in columns:
         line.append(f"{values[heading]:>{cells}}", style=_memory_style(state, member) if heading == "memory" else "")
     if width >= STATE_FROM_WIDTH:
         doing = state.members.doing(member)
         line.append(f"  {doing}", style="dim" if doing == "trains" else "yellow")
     return line
+
+
+def _away(name: str, word: str, columns: list[tuple[str, int]], width: int) -> Text:
+    """A machine that takes no part now."""
+    line = _name(name)
+    line.append("".join(f"{MISSING:>{cells}}" for _, cells in columns), style="dim")
+    return line.append(f"  {word}", style="yellow") if width >= STATE_FROM_WIDTH else line
+
+
+def _name(name: str) -> Text:
+    found = Text(shortened(one_line(name), NAME_CELLS - 1))
+    found.truncate(NAME_CELLS - 1, overflow="ellipsis", pad=True)  # names may have wide characters
+    return Text.assemble(found, " ")
 
 
 def _memory_style(state: RunState, member: MemberState) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from coordinator.stream import Noted
 from coordinator.view.format import finite
 
 WINDOW_STEPS = 20
 # Below this part of the longest compute time a difference between machines is chance.
 NOTABLE_PART = 0.05
+ON_THEIR_WAY = {"preparing": "is prepared", "not_ready": "not ready", "stays_out": "stays out"}
+"""Notes that say what a machine does which takes no part yet."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,16 @@ class MemberState:
 
 @dataclass
 class Members:
-    """The machines of the last step that told of them, in the order of their ranks; empty on one machine."""
+    """The machines of the last step that told of them, in the order of their ranks; empty on one machine.
+
+    Attributes:
+        by_name: those that took part.
+        away: those that did before, or are on their way, and what is known of them, in a few words.
+    """
 
     by_name: dict[str, MemberState] = field(default_factory=dict)
+    away: dict[str, str] = field(default_factory=dict)
+    _conditions: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.by_name)
@@ -79,12 +89,24 @@ class Members:
     def take(self, per_node: object) -> None:
         """Enter ``per_node`` of a step's metrics; machines that it no longer names are gone."""
         if not isinstance(per_node, Mapping):
-            self.by_name = {}
+            self.by_name, self.away = {}, {}
             return
+        self.away |= {name: "away" for name in self.by_name if name not in per_node}
+        self.away = {name: word for name, word in self.away.items() if name not in per_node}
         self.by_name = {name: self.by_name.get(name, MemberState(name)) for name in map(str, per_node)}
         for name, figures in per_node.items():
             if isinstance(figures, Mapping):
                 self.by_name[str(name)].take(figures)
+
+    def told(self, note: Noted) -> None:
+        """Take in what was said of one machine."""
+        name = note.details.get("node")
+        if not isinstance(name, str):
+            return
+        if note.kind == "condition":
+            self._conditions[name] = str(note.details.get("now") or "")
+        elif note.kind in ON_THEIR_WAY and name not in self.by_name:
+            self.away[name] = ON_THEIR_WAY[note.kind]
 
     def share(self, member: MemberState) -> float:
         """Part of the rows of the last steps that this machine had, 0 to 1."""
@@ -100,6 +122,8 @@ class Members:
 
     def doing(self, member: MemberState) -> str:
         """A word or two about what a machine is doing."""
+        if self._conditions.get(member.name):
+            return self._conditions[member.name]
         if member.turns and member.rows == 0:
             return "has no rows"
         return "slowest" if self.slowest is member else "trains"

@@ -160,6 +160,7 @@ class RunState:
             case Advanced():
                 self._advance(event)
             case Noted(kind) if kind != FAILED:
+                self.members.told(event)
                 self.notes.append(event)
                 if event.level != "info":
                     self.warnings.append(event)

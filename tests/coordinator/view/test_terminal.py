@@ -115,6 +115,24 @@ def test_each_machine_of_a_fleet_has_a_row() -> None:
     assert not any("left out" in line for line in found), "the plan makes room for what happens"
 
 
+def test_how_a_machine_is_and_who_is_away_stands_in_its_row() -> None:
+    def states(*events: RunEvent) -> dict[str, str]:
+        found = lines(FLEET, started(), *events)
+        rows = [line for line in found if line.startswith(("Studio ", "Air ", "Mini "))]
+        return {line[:18].strip(): line[65:] for line in rows if "↔" not in line}
+
+    both = [StepFinished(fleet_metrics(step), report=True) for step in range(1, 5)]
+    alone = StepFinished(fleet_metrics(5, ("Studio", "Mini")), report=True)
+    hot = Noted("condition", "Studio: it is hot", "warning", {"node": "Studio", "now": "hot, memory red"})
+    well = Noted("condition", "Studio: it is no longer hot", "warning", {"node": "Studio", "now": ""})
+    preparing = Noted("preparing", "preparing Air to take part", details={"node": "Air"})
+    assert states(*both, hot) == {"Studio": "hot, memory red", "Air": "slowest"}
+    assert states(*both, hot, well)["Studio"] == "trains"
+    assert states(*both, alone) == {"Studio": "trains", "Mini": "slowest", "Air": "away"}
+    assert states(*both, alone, preparing)["Air"] == "is prepared"
+    assert states(*both, alone, preparing, *both) == {"Studio": "trains", "Air": "slowest", "Mini": "away"}
+
+
 def test_the_plan_is_shown_until_the_first_step() -> None:
     found = lines(FLEET, started())
     assert "Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)" in found
