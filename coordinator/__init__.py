@@ -7,7 +7,11 @@ command line starts in a moment.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+# What tqdm, which the Hub's library brings, tells every notebook without ipywidgets; its bars are not shown here.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:  # what each name below is; `_EXPORTS` says the same when the program runs
     from coordinator.api import fuse, generate, test, train

@@ -16,6 +16,8 @@ from coordinator.loop_thread import CANCELLED_SECONDS, LoopThread
 from coordinator.resume import taken_up
 from coordinator.stream import Broadcast, Reader, RunEvent, RunStarted, StepFinished
 
+AWAKE_SECONDS = 0.5
+
 
 class Training:
     """A run that goes on in the background; made by ``start_training``.
@@ -128,8 +130,14 @@ class Training:
         return self._awaited().__await__()
 
     async def _awaited(self) -> RunResult:
+        ended = asyncio.wrap_future(self._work.outcome)
+        # Who is cancelled does not fetch it.
+        ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
-            return await asyncio.shield(asyncio.wrap_future(self._work.outcome))
+            # A notebook's kernel heeds its stop button only when its loop wakes up for something else.
+            while not (await asyncio.wait([ended], timeout=AWAKE_SECONDS))[0]:
+                pass
+            return ended.result()
         except asyncio.CancelledError:
             self.stop()
             raise

@@ -151,9 +151,9 @@ def test_a_handle_lives_over_cells_and_is_stopped(notebook: Notebook, tmp_path: 
 @pytest.mark.parametrize(
     ("cell", "error"),
     [
-        ("train(config('broken'), callbacks=told)", "Interrupted"),
+        ("train(config('broken'), callbacks=told)", "Stopped"),
         ("training = start_training(config('broken'), callbacks=told); training.result()", "KeyboardInterrupt"),
-        ("training = start_training(config('broken'), callbacks=told); await training", "KeyboardInterrupt"),
+        ("training = start_training(config('broken'), callbacks=told); await training", "CancelledError"),
         (
             (
                 "with start_training(config('broken')) as training:\n"
@@ -168,7 +168,7 @@ def test_a_handle_lives_over_cells_and_is_stopped(notebook: Notebook, tmp_path: 
 def test_the_stop_button_saves_and_stops(notebook: Notebook, tmp_path: Path, cell: str, error: str) -> None:
     _, reply = notebook.run(cell, notebook.interrupt_at("step 3;"))
     assert (reply["status"], reply["ename"]) == ("error", error)
-    if error == "Interrupted":
+    if error == "Stopped":
         assert "everything is saved" in reply["evalue"]
     else:
         said, reply = notebook.run("print(training.result().status, training.stopped)")
