@@ -34,6 +34,7 @@ from coordinator.preflight import check_before_loading, check_memory, fitting_to
 from coordinator.program import Program
 from coordinator.prompts import Prompter, sample_prompts
 from coordinator.regroup import Muster
+from coordinator.run_log import RunLog
 from coordinator.runfolder import RunFolder, read_json_lines
 from coordinator.running.index import new_id
 from coordinator.running.presence import present
@@ -112,7 +113,7 @@ async def plan(config: TrainConfig, view: Reader) -> Plan:
     Raises:
         As ``train``.
     """
-    with contextlib.closing(Broadcast([view])) as reader:
+    with contextlib.closing(Broadcast([view, RunLog()])) as reader:
         job = _Job(config, reader, view, resume=False)
         job.plan_only = True
         await job.run()
@@ -146,7 +147,7 @@ async def train(
         Stopped: by Ctrl-C or ``stop``; the state is saved.
         TandemError: the run failed.
     """
-    with contextlib.closing(Broadcast([view])) as reader:
+    with contextlib.closing(Broadcast([view, RunLog()])) as reader:
         job = _Job(config, reader, view, resume, stop, run, log)
         try:
             result = await job.run()

@@ -16,6 +16,7 @@ from click.exceptions import Exit, NoArgsIsHelpError, NoSuchCommand
 from click.shell_completion import shell_complete
 
 from node.errors import Interrupted, TandemError
+from node.log_file import logged
 
 PIPE_CLOSED = 141  # what a shell reports for a process that SIGPIPE ended
 
@@ -100,7 +101,7 @@ def run_cli(group: click.Command, argv: Sequence[str] | None = None, prog_name: 
     if wanted := os.environ.get(f"_{name}_COMPLETE".replace("-", "_").upper()):
         return shell_complete(group, {}, name, f"_{name}_COMPLETE".upper(), wanted)
     try:
-        with group.make_context(name, arguments) as context:
+        with logged(name, arguments), group.make_context(name, list(arguments)) as context:
             group.invoke(context)
         sys.stdout.flush()
     except Exit as ended:

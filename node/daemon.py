@@ -223,6 +223,7 @@ class Daemon:
             record = RunningNode(self.name, self._identity.id, self.port, os.getpid(), self.host)
             write_text_atomically(self._record, json.dumps(dataclasses.asdict(record)))
             self._recorded = True
+            log.info("%s serves on %s, relay on port %d", self.name, self.address, self._relay.port)
             await self._desk.start(self._token)
             await self._advert.start(self.info(), self.port, self._desk.entries)
         self._refreshing = asyncio.create_task(self._keep_fresh())
@@ -246,6 +247,7 @@ class Daemon:
 
     async def leave(self) -> None:
         """Hand over the job at hand, then let ``stopped`` be seen."""
+        log.info("%s leaves", self.name)
         try:
             await self._service.leave(HANDING_OVER_SECONDS)
         finally:

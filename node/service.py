@@ -210,6 +210,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
             return
         async with self._taken(wanted, context) as refused:
             if refused is not None:
+                log.info("refused run %s of %s: %s", _clean(wanted.run), _clean(wanted.owner), refused.message)
                 await context.write(node_pb2.WorkEvent(refused=refused))
                 return
             await self._work(wanted, context)
@@ -283,9 +284,11 @@ class NodeService(node_pb2_grpc.NodeServicer):
             if job.awake.trouble:
                 log.warning("%s", job.awake.trouble)
             await context.write(node_pb2.WorkEvent(opened=node_pb2.Opened(job=job.name)))
+            log.info("job %s begins: run %s of %s", job.name, _clean(wanted.run), _clean(wanted.owner))
             await self._pump(job, context)
         finally:
             self._job = None
+            log.info("job %s ends", job.name)
             seeing_out = asyncio.create_task(self._see_out(job))
             self._seeing_out.add(seeing_out)
             seeing_out.add_done_callback(self._seeing_out.discard)

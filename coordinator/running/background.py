@@ -21,6 +21,7 @@ from coordinator.running import index
 from coordinator.stream import Noted, Reader, RunEvent, RunStarted, StepFinished
 from coordinator.view.plain import PlainView
 from node.errors import Interrupted, TandemError
+from node.log_file import logged
 from node.logs import bound_log
 
 
@@ -80,7 +81,8 @@ def main() -> int:
     config = TrainConfig(**{name: _field(value) for name, value in order["config"].items()})
     starting = Starting(handle, PlainView(sys.stdout), run, log)
     try:
-        asyncio.run(train(config, starting, resume=order["resume"], run=run, log=log))
+        with logged("coordinator", ["train", "--detach"]):
+            asyncio.run(train(config, starting, resume=order["resume"], run=run, log=log))
     except (TandemError, KeyboardInterrupt) as error:
         failed = error if isinstance(error, TandemError) else Interrupted("stopped")
         return _end(starting, config, run, failed)

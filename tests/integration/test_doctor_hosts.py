@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,12 @@ def test_all_five_faults_of_a_machine_are_named_and_the_others_are_well(tmp_path
         assert "no answer" in lines[at]
         assert "firewall" in lines[at + 1]
         disk.free()
+
+        report = tmp_path / "report.zip"
+        doctor(anna, here, "--debug", "--out", str(report))
+        with zipfile.ZipFile(report) as bundle:
+            assert json.loads(bundle.read("doctor.json"))["verdict"] == "wrong"
+            assert {"README.txt", "versions.json"} < set(bundle.namelist())
 
 
 def relay_port(said: dict[str, Any], name: str) -> int:
