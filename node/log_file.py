@@ -99,6 +99,11 @@ class RotatingFile(logging.handlers.WatchedFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """See ``logging``: a log that cannot be written is no reason to say anything."""
 
+    def close(self) -> None:
+        """See ``logging``; what could not be written is tried once more then, which may fail as before."""
+        with contextlib.suppress(OSError):
+            super().close()
+
 
 def _put_aside(path: Path) -> None:
     """Give a file that is full another name, and those before it older ones."""

@@ -575,7 +575,7 @@ def test_a_data_folder_on_a_disk_that_is_too_small(
 ) -> None:
     home = small_disk / "home"
     home.mkdir()
-    (small_disk / "filler").write_bytes(b"0" * (MIB - 4096 * 4))
+    (small_disk / "filler").write_bytes(b"0" * (MIB - 4096 * 7))
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "more").write_bytes(b"0" * MIB)
     (small_disk / "more").unlink()

@@ -75,6 +75,19 @@ def test_where_it_cannot_be_written_nothing_is_said(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_disk_that_is_full_is_no_matter(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import logging, resource, signal; from node.log_file import logged\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "with logged('node', []):\n"
+        "    for number in range(9): logging.getLogger('node.x').info('nobody hears %d', number)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (folder() / "node.jsonl").stat().st_size == 100
+
+
 def test_a_full_file_is_put_aside_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_file, "MOST_BYTES", 300)
     with logged("node", []):
