@@ -10,6 +10,7 @@ from coordinator.checkpoint import Checkpoint
 from coordinator.crew import Crew
 from node.copies import StateCopy
 from node.events import Copied
+from node.files import make_private_folder
 from node.spec import FileRef, Restore
 from node.supervisor import WorkerLink
 
@@ -90,7 +91,7 @@ class Copies:
             OSError: it cannot be written.
         """
         folder = self.folder / FETCHED
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         for ref in (copied.weights, copied.optimizer):
             await link.fetch(ref, folder / ref.name)
         return self._keep(Copy(copied.step, folder, copied.weights, copied.optimizer))

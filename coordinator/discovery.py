@@ -268,6 +268,8 @@ def _named(name: str, found: Found) -> SeenNode:
     same = [seen for seen in found.nodes if seen.name == name]
     exact = [seen for seen in found.nodes if name == seen.id or (name == seen.label and name != seen.name)]
     matching = exact or same or [seen for seen in found.nodes if seen.name.casefold() == name.casefold()]
+    # Anybody on the network can call himself that.
+    matching = [seen for seen in matching if _is_known(seen)] or matching
     if len(matching) == 1:
         return matching[0]
     if matching:
@@ -638,9 +640,17 @@ class _Search:
             self._says_farewell(info.id)
 
 
-def _in_order(seen: SeenNode) -> tuple[str, float, str]:
-    """By name; of several with one name, who has served longest keeps it to itself, and every look finds the same."""
-    return seen.name.casefold(), seen.since or math.inf, seen.id
+def _is_known(seen: SeenNode) -> bool:
+    """Whether it is ours or paired: it has proven who it is, or has to before it is talked to."""
+    return seen.own or seen.certificate is not None
+
+
+def _in_order(seen: SeenNode) -> tuple[str, bool, float, str]:
+    """By name; of several with one name, who has served longest keeps it to itself, and every look finds the same.
+
+    Those that we know come first: what others say of themselves nobody has proven.
+    """
+    return seen.name.casefold(), not _is_known(seen), seen.since or math.inf, seen.id
 
 
 def _labelled(nodes: Sequence[SeenNode]) -> tuple[SeenNode, ...]:

@@ -22,6 +22,8 @@ from node.pairing.secrets import CODE, TOKEN, code_secret
 from node.peers import Peer, Peers, fingerprint
 
 CONNECT_SECONDS = 3.0
+JOINING_SECONDS = 4.0
+"""For each half of what is said with a node that joins by a token: nobody waits who typed a code."""
 EXCHANGE_SECONDS = 10.0
 """To prove it to one another, and as long again to say that it is kept."""
 ENDING_SECONDS = 1.0
@@ -230,19 +232,37 @@ class Pairing:
 
 
 async def join_all(pairing: Pairing, found: Found, say: Callable[[str], None]) -> tuple[Peer, ...]:
-    """Pair with those that wait with a token of ours; what cannot be done is said, here and there."""
+    """Pair with those that wait with a token of ours; what cannot be done is said, here and there.
+
+    Anybody can advertise that he waits with it: all are asked at once, and who says nothing delays nobody for long.
+    """
     places = [Place.of(seen) for seen in found.nodes if seen.pairing_port and seen.join and not seen.own]
-    joined = []
-    for place in places:
+    ours = [place for place in places if pairing.token_problem(place) != "unknown"]  # the rest is somebody else's
+
+    async def answer_of(place: Place) -> Place | None:
         problem = pairing.token_problem(place)
-        if problem == "unknown":
-            continue  # somebody else's
         try:
+            async with asyncio.timeout(JOINING_SECONDS):
+                answering, _ = await pairing.ask(place, problem)
             if problem:
-                await pairing.ask(place, problem)
                 raise UserError(f"{place.name}: {token_words(problem)}")
-            answering, _ = await pairing.ask(place)
-            joined.append(await pairing.by_token(answering))
+        except TimeoutError:
+            say(f"{place.name} waits with a token, and does not answer")
+        except TandemError as error:
+            say(str(error))
+        else:
+            return answering
+        return None
+
+    answering = [place for place in await asyncio.gather(*map(answer_of, ours)) if place is not None]
+    joined = []
+    # One after the other: a token is for one of them.
+    for place in answering:
+        try:
+            async with asyncio.timeout(JOINING_SECONDS):
+                joined.append(await pairing.by_token(place))
+        except TimeoutError:
+            say(f"{place.name} broke off when it was to prove its token; nothing was kept")
         except TandemError as error:
             say(str(error))
         else:

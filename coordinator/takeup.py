@@ -25,7 +25,7 @@ from node.client import NodeClient
 from node.copies import StateCopy
 from node.errors import NodeError, NodeLost, TandemError
 from node.events import Copied, StepDone
-from node.files import link_or_copy, sha256_of
+from node.files import link_or_copy, make_private_folder, sha256_of
 from node.home import hold_leftovers, holds
 from node.listener import SLOWEST_COPY_BYTES_PER_SECOND
 from node.spec import FileRef
@@ -344,7 +344,7 @@ async def fetch(run: str, source: Source, folder: Path) -> None:
         TandemError: they are not what they should be.
         OSError: they cannot be read or written here.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     if source.address:
         client = NodeClient(source.address, source.holder, source.certificate)
         try:

@@ -11,6 +11,7 @@ import ipaddress
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -50,6 +51,8 @@ from node.trust import Trust
 from tandem.v1 import node_pb2_grpc
 
 log = logging.getLogger(__name__)
+
+OPEN_FILES = 4096
 
 LEAVING_SECONDS = 5.0
 HANDING_OVER_SECONDS = 20.0
@@ -399,6 +402,15 @@ def _check_host(host: str) -> None:
         raise UserError(f"--host {host}: no IPv4 address of this machine; it has {own}; {EVERYWHERE} is all of them")
 
 
+def _allow_connections() -> None:
+    """Have room for all connections that are let in: a terminal of macOS allows its programs 256 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # then it serves with fewer
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def serve(
     name: str | None,
     host: str,
@@ -423,6 +435,7 @@ async def serve(
         token: with which it waits to be paired, or None.
         tell: told what happens with its pairing.
     """
+    _allow_connections()
     name = name or usable_name(facts().name)
     daemon = Daemon(
         tandem_home(), name, host=host, port=port, owner=owner, store_limit=store_limit, token=token, tell=tell

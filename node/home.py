@@ -49,6 +49,8 @@ def new_job_folder(name: str, owner: str = "") -> Path:
 def tidy_jobs() -> None:
     """Hold the newest states that processes which were killed left behind, and remove the rest."""
     for folder in _jobs().glob("*-pid*"):
+        if folder.is_symlink():
+            continue  # nothing of ours: where it leads is not ours to tidy
         pid = folder.name.rpartition("-pid")[2].partition("-")[0]
         if pid.isdecimal() and not is_running(int(pid)):
             with contextlib.suppress(FileNotFoundError):  # somebody else tidies, too

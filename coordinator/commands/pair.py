@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -267,6 +268,8 @@ For machines without a screen, or many. A token works once. The node is paired w
 )
 def invite(hours: float) -> None:
     """Print a token."""
+    if math.isnan(hours):  # within any range
+        raise UserError("--hours nan is no time")
     from coordinator.home import home
     from coordinator.invites import Invites
     from node.identity import credentials

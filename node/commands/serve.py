@@ -131,7 +131,7 @@ def serve(
             click.echo("handing over the job at hand; Ctrl-C again leaves at once")
 
     kept = None if store_limit is None else _store_limit(store_limit)
-    token = parse_token(_token_text(join)) if join else None
+    token = parse_token(_token_text(join)) if join is not None else None
     with contextlib.nullcontext() if log is None else logged_to(log):
         asyncio.run(daemon.serve(name, host, port, owner, kept, say, say_leaving, token, tell))
 
@@ -143,7 +143,9 @@ def _token_text(given: str) -> str:
         UserError: the file cannot be read.
     """
     if given == "-":
-        return sys.stdin.readline()
+        if sys.stdin is None:
+            raise UserError("--join -: stdin is closed; give the token there, or in a file: --join @FILE")
+        return sys.stdin.readline(MOST_TOKEN_CHARACTERS)
     if not given.startswith("@"):
         return given
     path = Path(given.removeprefix("@")).expanduser()

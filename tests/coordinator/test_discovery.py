@@ -376,6 +376,15 @@ def test_a_name_that_fits_two_is_a_mistake_that_a_label_or_id_mends() -> None:
     assert choose(parse_wanted("a"), found(one, two)) == (one,)
 
 
+def test_a_stranger_cannot_take_the_name_of_a_paired_node() -> None:
+    paired = replace(seen("Studio", since=2000), certificate=b"pem")
+    stranger = replace(seen("Studio", since=1), id="0" * 16, home="1" * 16, info=None, problem="is not paired")
+    in_order = sorted([stranger, paired], key=discovery._in_order)
+    found = Found(discovery._labelled(in_order), 1.0, "")
+    assert [(one.label, one.certificate) for one in found.nodes] == [("Studio", b"pem"), ("Studio (2)", None)]
+    assert [one.id for one in choose(parse_wanted("Studio"), found)] == [paired.id]
+
+
 def test_who_has_served_longest_keeps_the_name_and_every_look_finds_the_same() -> None:
     def looked(*infos: NodeInfo) -> list[tuple[str, str]]:
         search = discovery._Search({}, Peers(home()), credentials(home()))

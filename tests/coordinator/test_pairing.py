@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from coordinator import pairing as pairing_module
 from coordinator.cli import coordinator
 from coordinator.commands import pair as command
 from coordinator.discovery import Found, SeenNode, Wanted, find, select, unpaired
@@ -372,9 +374,44 @@ def test_only_own_invitations_are_answered(tandem_home: Path, tmp_path: Path) ->
                 await node.desk.stop()
         assert [peer.name for peer in joined] == ["a"]
         assert [node.friends for node in nodes] == [["Studio"], [], []]
-        assert "joined by its token" in lines[0]
-        assert "its token has expired" in lines[1]
+        assert "its token has expired" in lines[0]
+        assert "joined by its token" in lines[1]
         assert len(lines) == 2, "of the token of another nothing is said"
+
+    asyncio.run(work())
+
+
+def test_a_time_that_is_none_is_no_time(tandem_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(coordinator, ["invite", "--hours", "nan"]) == 2
+    assert "--hours nan is no time" in capsys.readouterr().err
+    assert not Invites(tandem_home).any_open()
+
+
+def test_strangers_that_wait_with_our_token_and_say_nothing_delay_nobody(
+    tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairing_module, "JOINING_SECONDS", 1.0)
+
+    async def work() -> None:
+        token = Invites(tandem_home).new(fingerprint(credentials(tandem_home).certificate), 60)
+        node, lines = Node(tmp_path / "a", "a"), list[str]()
+        await node.desk.start(token)
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(20)]
+            real = seen_of(node, "a")
+            rogues = [
+                replace(real, name="x", label="x", home=f"{index:016x}", pairing_port=one.getsockname()[1])
+                for index, one in enumerate(silent)
+            ]
+            try:
+                # All at once: one after the other would take 20 times as long as each may.
+                async with asyncio.timeout(10):
+                    found = Found((*rogues, real), 1.0, "")
+                    joined = await join_all(Pairing(tandem_home, "Studio"), found, lines.append)
+            finally:
+                await node.desk.stop()
+        assert [peer.name for peer in joined] == ["a"]
+        assert lines[:-1] == ["x waits with a token, and does not answer"] * 20
 
     asyncio.run(work())
 

@@ -173,6 +173,9 @@ def test_a_token_need_not_stand_in_the_command(
     assert run_cli(cli, ["serve", "--join", f"@{tmp_path / 'none'}"]) == 2
     assert "cannot be read: No such file" in capsys.readouterr().err
     assert run_cli(cli, ["serve", "--join", "-"]) == 2, "the second line is none"
+    assert run_cli(cli, ["serve", "--join", ""]) == 2, "a variable that was not set"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run_cli(cli, ["serve", "--join", "-"]) == 2
     assert "no token" in capsys.readouterr().err
 
 

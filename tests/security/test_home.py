@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from node.files import make_private_folder
+from node.home import tidy_jobs
 from tests.fixtures.models import tiny_model
 from tests.fixtures.nodes import ServingNode
 from tests.fixtures.runs import Run, write_chat_data
@@ -45,3 +46,13 @@ def test_folders_that_were_there_stay_as_they_are(tmp_path: Path) -> None:
     make_private_folder(there / "a" / "b")
     make_private_folder(there / "a" / "b")
     assert [path.stat().st_mode & 0o777 for path in (there, there / "a", there / "a" / "b")] == [0o755, 0o700, 0o700]
+
+
+def test_what_a_link_leads_to_is_not_tidied(tandem_home: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.safetensors").write_bytes(b"weights")
+    (tandem_home / "jobs").mkdir()
+    (tandem_home / "jobs" / "run-pid999999-abcd").symlink_to(elsewhere)
+    tidy_jobs()
+    assert (elsewhere / "mine.safetensors").exists()
