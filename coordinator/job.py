@@ -36,6 +36,7 @@ from coordinator.prompts import Prompter, sample_prompts
 from coordinator.regroup import Muster
 from coordinator.run_log import RunLog
 from coordinator.runfolder import RunFolder, read_json_lines
+from coordinator.running.control import STOP_SIGNAL
 from coordinator.running.index import new_id
 from coordinator.running.presence import present
 from coordinator.shares import Evaluation, StepSource
@@ -605,12 +606,12 @@ class _Job:
         Gives whether signals reach us.
         """
         loop = asyncio.get_running_loop()
-        handled: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handled: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL)
 
         def on_signal(number: signal.Signals) -> None:
             if self.stop.is_set():
-                if number == signal.SIGHUP:
-                    return  # a closing terminal tells its programs more than once
+                if number in (signal.SIGHUP, STOP_SIGNAL):
+                    return  # a closing terminal tells its programs more than once, and people ask more than once
                 self.view.close()
                 os._exit(Interrupted.exit_code)
             self.stop.set()

@@ -13,6 +13,8 @@ from coordinator.running.presence import Presence
 from node.errors import TandemError, UserError
 
 SAVING_SECONDS = 600.0
+STOP_SIGNAL = signal.SIGUSR1
+"""Asks a run to save and end. Nothing else sends it: under ``nohup`` a run heeds no SIGHUP."""
 LEAVING_SECONDS = 10.0
 
 
@@ -22,7 +24,7 @@ def ask_to_stop(run: str) -> Presence:
     Raises:
         UserError: nobody is at work on it, or nobody whom we can tell.
     """
-    return _send(run, signal.SIGHUP)
+    return _send(run, STOP_SIGNAL)
 
 
 def wait_until_saved(run: str) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from coordinator.checks import check_options
 from coordinator.config import TrainConfig
 from coordinator.runfolder import RunFolder
 from coordinator.running import index
+from coordinator.running.control import STOP_SIGNAL
 from coordinator.running.presence import find
 from node.errors import Interrupted, TandemError, TooFewNodes, UserError
 from node.files import make_private_folder
@@ -142,7 +142,7 @@ def _stopped(process: subprocess.Popen[bytes], answers: int) -> dict[str, Any]:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(STOP_SIGNAL)
     try:
         process.wait(ENDING_SECONDS)
     except subprocess.TimeoutExpired:

@@ -98,6 +98,14 @@ def test_a_detached_run_is_seen_watched_and_stopped(inputs: Path, tmp_path: Path
     assert "saved" in log_path(run).read_text()
 
 
+def test_a_run_under_nohup_can_be_stopped(inputs: Path, tmp_path: Path) -> None:
+    run = Run("train", *options(inputs, ENDLESS), cwd=tmp_path, prefix=("nohup",))
+    run.until_step(3)
+    done = coordinator("stop", "last", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert run.wait()[0] == 130
+
+
 def test_a_run_outlives_the_terminal_that_it_was_started_in(inputs: Path, tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:

@@ -23,7 +23,7 @@ import signal, sys, threading
 from pathlib import Path
 from coordinator.running.presence import present
 ended = threading.Event()
-signal.signal(signal.SIGHUP, lambda *_: ended.set())
+signal.signal(signal.SIGUSR1, lambda *_: ended.set())
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN if "deaf" in sys.argv else lambda *_: ended.set())
 with present("r1", Path("adapters"), "tiny", signals="thread" not in sys.argv):
