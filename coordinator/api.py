@@ -43,7 +43,11 @@ def train(
         Interrupted: stopped by Ctrl-C; the state is saved.
         TandemError: the run failed.
     """
-    training = Training(config, view, resume=resume)
+    return wait_for(Training(config, view, resume=resume), callbacks)
+
+
+def wait_for(training: Training, callbacks: CallbacksLike) -> RunResult:
+    """Begin a training, and do what ``train`` does meanwhile; see there."""
     called = as_tuple(callbacks)
     with Interrupts(training.stop, training.abort) as interrupts:
         with training.start():

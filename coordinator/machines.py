@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from coordinator import api, job
-from coordinator.callbacks import CallbacksLike
+from coordinator.callbacks import CallbacksLike, as_tuple
 from coordinator.config import TrainConfig
 from coordinator.discovery import choose, parse_wanted
 from coordinator.listing import FleetNode, as_fleet_nodes, find_nodes
 from coordinator.loop_thread import run_to_end
 from coordinator.planner import Plan
 from coordinator.stream import Reader
-from coordinator.training import Training, start_training
+from coordinator.training import Training
 from coordinator.workers import Quiet
 from node.names import AUTO
 
@@ -62,7 +62,7 @@ class Fleet:
         Raises:
             TandemError: as ``train``.
         """
-        return run_to_end(lambda: job.plan(self._on_these(config), view or Quiet()))
+        return run_to_end(lambda: job.plan(dataclasses.replace(config, nodes=self.wanted), view or Quiet()))
 
     def train(
         self, config: TrainConfig, view: Reader | None = None, *, resume: bool = False, callbacks: CallbacksLike = ()
@@ -78,16 +78,14 @@ class Fleet:
         Raises:
             TandemError: as ``coordinator.train``.
         """
-        return api.train(self._on_these(config), view, resume=resume, callbacks=callbacks)
+        return api.wait_for(Training(config, view, resume=resume, nodes=self.wanted), callbacks)
 
     def start_training(
         self, config: TrainConfig, view: Reader | None = None, *, resume: bool = False, callbacks: CallbacksLike = ()
     ) -> Training:
         """``coordinator.start_training`` on these machines; see ``train``."""
-        return start_training(self._on_these(config), view, resume=resume, callbacks=callbacks)
-
-    def _on_these(self, config: TrainConfig) -> TrainConfig:
-        return dataclasses.replace(config, nodes=self.wanted)
+        called = as_tuple(callbacks)
+        return Training(config, view, resume=resume, callbacks=called, nodes=self.wanted).start()
 
     def __iter__(self) -> Iterator[FleetNode]:
         return iter(self.nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from node.peers import Peer, Peers, fingerprint
 
 CONNECT_SECONDS = 3.0
 JOINING_SECONDS = 4.0
-"""For each half of what is said with a node that joins by a token: nobody waits who typed a code."""
+"""For a node that advertises a token of ours to answer at all."""
+MOST_JOINING = 8
+"""Of those that answered, in one look."""
 EXCHANGE_SECONDS = 10.0
 """To prove it to one another, and as long again to say that it is kept."""
 ENDING_SECONDS = 1.0
@@ -256,13 +259,10 @@ async def join_all(pairing: Pairing, found: Found, say: Callable[[str], None]) -
 
     answering = [place for place in await asyncio.gather(*map(answer_of, ours)) if place is not None]
     joined = []
-    # One after the other: a token is for one of them.
-    for place in answering:
+    # One after the other: a token is for one of them. Chance decides whose turn it is: nobody can always be the first.
+    for place in random.sample(answering, min(len(answering), MOST_JOINING)):
         try:
-            async with asyncio.timeout(JOINING_SECONDS):
-                joined.append(await pairing.by_token(place))
-        except TimeoutError:
-            say(f"{place.name} broke off when it was to prove its token; nothing was kept")
+            joined.append(await pairing.by_token(place))
         except TandemError as error:
             say(str(error))
         else:

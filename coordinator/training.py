@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Generator, Iterator
 from types import TracebackType
 from typing import Any
@@ -34,9 +35,16 @@ class Training:
     """
 
     def __init__(
-        self, config: TrainConfig, view: Reader | None, *, resume: bool, callbacks: tuple[Callbacks, ...] = ()
+        self,
+        config: TrainConfig,
+        view: Reader | None,
+        *,
+        resume: bool,
+        callbacks: tuple[Callbacks, ...] = (),
+        nodes: str | None = None,
     ) -> None:
-        self.config = taken_up(config) if resume else config
+        options = taken_up(config) if resume else config
+        self.config = options if nodes is None else dataclasses.replace(options, nodes=nodes)
         self.stopped: Stopped | None = None
         self._view = view
         self._resume = resume

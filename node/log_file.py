@@ -22,7 +22,7 @@ import click
 
 from node.errors import UserError
 from node.files import make_private_folder
-from node.redact import redact_values
+from node.redact import redact_arguments, redact_values
 
 LEVELS = ("debug", "info", "warning", "error", "off")
 LEVEL = "TANDEM_LOG"
@@ -145,7 +145,7 @@ def logged(program: str, arguments: Sequence[str]) -> Iterator[None]:
     if level == "off":
         yield
         return
-    head = f"{program} {metadata.version('mlx-tandem')} began: {' '.join([program, *arguments])}"
+    head = f"{program} {metadata.version('mlx-tandem')} began: {' '.join([program, *redact_arguments(arguments)])}"
     file = RotatingFile(program, head)
     root = logging.getLogger()
     # What was shown while nobody had set up a log is shown still.

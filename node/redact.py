@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HIDDEN = "[removed]"
+OWN_WORDS = ("--prompt", "-p", "--system-prompt", "--sample-prompt", "--code", "--join")
+"""Options whose values are the user's own text, or a secret."""
 _SECRETS = (
     # Of the Hub, of Weights & Biases and of those who name theirs alike.
     re.compile(r"\b(?:hf|api|sk|ghp|gho)_[A-Za-z0-9]{8,}\b"),
@@ -24,6 +26,20 @@ _SECRETS = (
 )
 _NAME = r"[\w.-]*(?:token(?!s|iz|is)|secret|passw(?:or)?d|api_?key|access_?key|private_?key)"
 _NAMED = re.compile(rf"""(?i)(["']?{_NAME}["']?\s*[=:]\s*["']?)([^\s"',;}}]+)""")
+
+
+def redact_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line without what its user has written into it: prompts, codes, tokens."""
+    found: list[str] = []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if equals and name in OWN_WORDS:
+            found.append(f"{name}={HIDDEN}")
+        elif found and found[-1] in OWN_WORDS:
+            found.append(HIDDEN)
+        else:
+            found.append(argument)
+    return found
 
 
 def redact(text: str) -> str:

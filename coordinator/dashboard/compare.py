@@ -66,10 +66,6 @@ def _smooth(run: Watched, name: str) -> list[tuple[float, float]]:
     return mean_points(run.record.steps, moving_mean(values, [1.0] * len(values), smoothing_radius(len(values))))
 
 
-def _validations(run: Watched) -> list[tuple[float, float]]:
-    return [(float(step), loss) for step, loss in run.record.validations]
-
-
 def _points(run: Watched, name: str) -> list[tuple[float, float]]:
     return mean_points(run.record.steps, run.record.columns[name])
 

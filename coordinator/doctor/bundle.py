@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import time
 import zipfile
@@ -43,6 +44,9 @@ of your machines, and names of your files and models are in: they are what fault
 """
 
 
+_SAMPLE = re.compile(r"^(sample at step [\d,]+): .*$", re.MULTILINE)
+
+
 def write_bundle(path: Path, findings: Mapping[str, Any], run: Known | None, home: Path) -> list[str]:
     """Write the file; the names in it.
 
@@ -61,8 +65,12 @@ def write_bundle(path: Path, findings: Mapping[str, Any], run: Known | None, hom
     except FileExistsError as error:
         raise UserError(f"{path} is there already; name another file") from error
     with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for name, text in _contents(findings, run, home):
-            bundle.writestr(name, text)
+        try:
+            for name, text in _contents(findings, run, home):
+                bundle.writestr(name, text)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return bundle.namelist()
 
 
@@ -83,7 +91,7 @@ def _contents(findings: Mapping[str, Any], run: Known | None, home: Path) -> Ite
     if run is None:
         return
     if run.log is not None:
-        yield "run/output.log", redact(_end(run.log))
+        yield "run/output.log", redact(_SAMPLE.sub(r"\1", _end(run.log)))
     if run.place is None:
         yield "run/missing.txt", redact(f"run {run.run}: {run.missing}\n")
         return

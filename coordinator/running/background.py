@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -23,6 +24,8 @@ from coordinator.view.plain import PlainView
 from node.errors import Interrupted, TandemError
 from node.log_file import logged
 from node.logs import bound_log
+
+TUPLES = frozenset(field.name for field in dataclasses.fields(TrainConfig) if "tuple" in str(field.type))
 
 
 class Starting:
@@ -78,7 +81,7 @@ def main() -> int:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     log, run = Path(order["log"]), str(order["run"])
-    config = TrainConfig(**{name: _field(value) for name, value in order["config"].items()})
+    config = TrainConfig(**{name: _field(name, value) for name, value in order["config"].items()})
     starting = Starting(handle, PlainView(sys.stdout), run, log)
     try:
         with logged("coordinator", ["train", "--detach"]):
@@ -112,9 +115,9 @@ def _record(config: TrainConfig, run: str, line: str, error: TandemError) -> Non
     index.record(run, status=status, message=line, ended=time.time(), **facts)
 
 
-def _field(value: Any) -> Any:
+def _field(name: str, value: Any) -> Any:
     """A field of the options as it was: JSON knows no tuples."""
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) and name in TUPLES else value
 
 
 if __name__ == "__main__":

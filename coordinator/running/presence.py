@@ -84,7 +84,7 @@ def find(run: str) -> Presence | None:
 
 def find_all() -> list[Presence]:
     """Everybody who is at work now, who began first before the others."""
-    found = [holder for path in working().glob("*.lock") if (holder := _holder(path)) is not None]
+    found = [holder for path in working().glob("[!.]*.lock") if (holder := _holder(path)) is not None]
     return sorted(found, key=lambda one: (one.since, one.run))
 
 

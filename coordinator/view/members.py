@@ -91,7 +91,10 @@ class Members:
         if not isinstance(per_node, Mapping):
             self.by_name, self.away = {}, {}
             return
-        self.away |= {name: "away" for name in self.by_name if name not in per_node}
+        gone = [name for name in self.by_name if name not in per_node]
+        self.away |= dict.fromkeys(gone, "away")
+        for name in gone:
+            self._conditions.pop(name, None)  # it comes back as it is then, and says so if that is not well
         self.away = {name: word for name, word in self.away.items() if name not in per_node}
         self.by_name = {name: self.by_name.get(name, MemberState(name)) for name in map(str, per_node)}
         for name, figures in per_node.items():

@@ -98,7 +98,7 @@ async def listen(own_id: str, expect: Iterable[str] = ()) -> Heard:
         expect: ids that should be heard; it is listened longer for them.
     """
     try:
-        speaking, hearing = _open_two()
+        speaking, hearing = await _open_two()
     except BonjourOff as error:
         return Heard(trouble=str(error), off="switched off" in str(error))
     own = f"{secrets.token_hex(8)}.{TRIAL_TYPE}"
@@ -129,9 +129,14 @@ async def listen(own_id: str, expect: Iterable[str] = ()) -> Heard:
     return Heard(None if trouble else ear.self_heard.is_set(), trouble, tuple(sorted(others)), tuple(addresses))
 
 
-def _open_two() -> tuple[AsyncZeroconf, AsyncZeroconf]:
+async def _open_two() -> tuple[AsyncZeroconf, AsyncZeroconf]:
     """One to speak and one to hear: what comes back within one never was on the network."""
-    return open_bonjour(), open_bonjour()
+    first = open_bonjour()
+    try:
+        return first, open_bonjour()
+    except BonjourOff:
+        await first.async_close()
+        raise
 
 
 async def reach(addresses: Sequence[str]) -> tuple[Reached, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import dataclasses
 import inspect
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import coordinator
-from coordinator import Callbacks, Fleet, TrainConfig, UserError, estimate
+from coordinator import Callbacks, Fleet, TrainConfig, UserError, estimate, train
 from coordinator.commands.estimate import estimate as estimate_command
 from coordinator.commands.nodes import nodes as nodes_command
 from coordinator.stream import FleetFormed, RunEvent
@@ -101,6 +102,11 @@ def test_a_fleet_lists_plans_and_trains(
         told: list[RunEvent] = []
         assert fleet.train(config, callbacks=Callbacks(on_event=told.append)).status == "done"
         assert fleet.start_training(config).result(200).status == "done"
+        alone = dataclasses.replace(config, nodes="local", adapter_path=str(tmp_path / "alone"))
+        assert train(alone).status == "done"
+        more = dataclasses.replace(alone, nodes=TrainConfig.nodes, iters=8)
+        assert fleet.train(more, resume=True).steps == 8
+        assert [line["nodes"] for line in metrics(tmp_path / "alone") if "loss" in line][-1] == 2, "on these machines"
     (formed,) = (event for event in told if isinstance(event, FleetFormed))
     assert len(formed.members) == 2
     assert {len(line["per_node"]) for line in metrics(tmp_path / "adapters") if "loss" in line} == {2}

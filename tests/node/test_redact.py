@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from node.pairing.tokens import new_token
-from node.redact import HIDDEN, redact, redact_values
+from node.redact import HIDDEN, redact, redact_arguments, redact_values
 
 PEM = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIA==\n-----END PRIVATE KEY-----"
 
@@ -41,6 +41,12 @@ def test_what_helps_stays_and_the_home_folder_has_no_name() -> None:
     text = "run 20261128-065801-6624: 120 tokens/s, max_tokens: 60, --join @file, 192.168.1.5:21617, 2026-11-28"
     assert redact(text) == text
     assert redact(f"{Path.home()}/models and {Path.home()}2") == f"~/models and {Path.home()}2"
+
+
+def test_what_people_write_into_a_command_goes() -> None:
+    given = ["generate", "--prompt", "my diary", "--system-prompt=my diary", "-p", "my diary", "--temp", "0.7"]
+    assert "diary" not in " ".join(redact_arguments(given))
+    assert redact_arguments(given)[-2:] == ["--temp", "0.7"]
 
 
 def test_values_go_by_their_names_too() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.doctor.bundle import default_name, versions, write_bundle
+from coordinator.running import index
 from coordinator.running.known import resolve
 from node.errors import UserError
 from node.redact import HIDDEN
@@ -32,6 +33,7 @@ def test_everything_that_faults_are_found_by_and_nothing_that_is_private(tandem_
     (logs / "node.jsonl").write_text('{"message": "paired by 1234-5678"}\n')
     (tandem_home / "jobs" / "run-pid1-ab").mkdir(parents=True)
     (tandem_home / "jobs" / "run-pid1-ab" / "worker.log").write_text("MLX gave up\n")
+    index.log_path("20261128-065801-6624").write_text("step 3\nsample at step 3: my diary -> dear diary\nsaved\n")
     (tandem_home / "identity").mkdir(exist_ok=True)
     (tandem_home / "identity" / "key.pem").write_text("-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----\n")
     names = write_bundle(tmp_path / "b.zip", FINDINGS, resolve(str(folder)), tandem_home)
@@ -41,6 +43,7 @@ def test_everything_that_faults_are_found_by_and_nothing_that_is_private(tandem_
     assert json.loads(found["doctor.json"]) == FINDINGS
     assert "mlx-lm" in json.loads(found["versions.json"])["packages"]
     assert found["logs/jobs/run-pid1-ab-worker.log"] == "MLX gave up\n"
+    assert found["run/output.log"] == "step 3\nsample at step 3\nsaved\n"
     assert json.loads(found["run/config.json"]) == {"model": "m", "sample_prompt": HIDDEN, "iters": 7}
     events_found = [json.loads(line) for line in found["run/events.jsonl"].splitlines()]
     assert {"kind": "sample", "step": 3} in events_found

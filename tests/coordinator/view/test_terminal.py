@@ -130,6 +130,8 @@ def test_how_a_machine_is_and_who_is_away_stands_in_its_row() -> None:
     assert states(*both, hot, well)["Studio"] == "trains"
     assert states(*both, alone) == {"Studio": "trains", "Mini": "slowest", "Air": "away"}
     assert states(*both, alone, preparing)["Air"] == "is prepared"
+    air = Noted("condition", "Air: it is hot", "warning", {"node": "Air", "now": "hot"})
+    assert states(*both, air, alone, *both)["Air"] == "slowest", "it came back"
     assert states(*both, alone, preparing, *both) == {"Studio": "trains", "Air": "slowest", "Mini": "away"}
 
 
