@@ -112,7 +112,7 @@ def test_all_five_faults_of_a_machine_are_named_and_the_others_are_well(tmp_path
         disk.free()
 
         report = tmp_path / "report.zip"
-        doctor(anna, here, "--debug", "--out", str(report))
+        doctor(anna, here, "--nodes", f"auto,{address}", "--debug", "--out", str(report))
         with zipfile.ZipFile(report) as bundle:
             assert json.loads(bundle.read("doctor.json"))["verdict"] == "wrong"
             assert {"README.txt", "versions.json"} < set(bundle.namelist())
