@@ -39,14 +39,17 @@ def running_nodes(home: Path) -> list[RunningNode]:
     for path in sorted((home / "nodes").glob("*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             node = RunningNode(**json.loads(path.read_text()))
-            if _is_held(path.with_suffix(".lock")):
+            if is_held(path.with_suffix(".lock")):
                 found.append(node)
     return found
 
 
-def _is_held(lock: Path) -> bool:
-    """Whether a node lives that holds this lock: a pid alone may be anybody's by now."""
-    handle = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+def is_held(lock: Path) -> bool:
+    """Whether a process lives that holds this lock, if it can be looked at: a pid alone may be anybody's by now."""
+    try:
+        handle = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,6 +23,7 @@ from coordinator.home import registry, working
 from coordinator.running.index import lock_path
 from node.errors import UserError
 from node.files import make_private_folder
+from node.running import is_held
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _announce(path: Path, us: Presence) -> int:
 def _sweep(ours: Path) -> None:
     """Remove what killed processes left: locks, and entries of our run that were half written."""
     for path in ours.parent.glob("*.lock"):
-        if not _is_held(path):
+        if not is_held(path):
             path.unlink(missing_ok=True)
     for path in registry().glob(f".{ours.stem}.json.*"):
         path.unlink(missing_ok=True)
@@ -157,21 +158,7 @@ def _changing() -> Iterator[None]:
 
 def _holder(path: Path) -> Presence | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
-        if _is_held(path):
+        if is_held(path):
             found = Presence(**json.loads(path.read_text()))
             return found if found.run == path.stem else None
     return None
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
