@@ -58,7 +58,7 @@ from node.spec import (
 from node.worker import tuning
 from node.worker.adder import Adder, ReductionFailed
 from node.worker.inbox import Inbox
-from node.worker.loss import loss_sum, pad
+from node.worker.loss import TokenLoss, pad
 from node.worker.optimizer import chooses_own_rate
 from node.worker.randomness import RowContext
 from node.worker.reducer import Interrupt, ReducerAdder
@@ -77,6 +77,7 @@ class Worker:
         self._inbox = inbox
         self._job: JobSpec | None = None
         self._model: nn.Module | None = None
+        self._loss: TokenLoss | None = None
         self._trainer: Trainer | None = None
         self._copier: Copier | None = None
         self._ring: Ring | None = None
@@ -126,7 +127,9 @@ class Worker:
             case Evaluate(chunk, rows):
                 assert self._model is not None
                 self._model.eval()
-                total: Any = loss_sum(self._model, pad(rows)).item()
+                if self._loss is None:
+                    self._loss = TokenLoss(self._model)
+                total: Any = self._loss.value(pad(rows)).item()
                 self._inbox.send(EvalDone(chunk, float(total), rows.target_tokens))
             case Join(spec):
                 self._join(spec)
@@ -184,6 +187,7 @@ class Worker:
             )
             self._copier = Copier(Path(job.folder), self._inbox.send)
         self._model = model
+        self._loss = self._trainer.loss if self._trainer is not None else None
         trainable = tree_flatten(model.trainable_parameters()) if self._trainer else []
         self._inbox.send(
             Ready(

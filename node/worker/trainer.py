@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from node.errors import UserError
 from node.events import ComputeStarted, Event, ReduceEntered, StepDone
 from node.spec import OptimizerSpec, Rows, Share
-from node.worker.loss import Batch, loss_sum, pad
+from node.worker.loss import Batch, TokenLoss, pad
 from node.worker.optimizer import Optimizer, learning_rates
 from node.worker.randomness import RowContext, row_keys
 
@@ -69,6 +69,7 @@ class Trainer:
     Attributes:
         reduce: may be replaced between two steps, as when the ranks change.
         step: the last one applied.
+        loss: of the model's rows.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Trainer:
         self.reduce = reduce
         self._clear_cache_threshold = clear_cache_threshold
         self._rate_at = learning_rates(spec)
+        self.loss = TokenLoss(model)
         self._parameters: dict[str, Any] = model.trainable_parameters()
         self._optimizer = Optimizer(spec, self._parameters)
         # On the CPU, compiling starts a C++ compiler for each shape and gains next to nothing.
@@ -179,19 +181,19 @@ class Trainer:
         keys = mx.array(row_keys(self._seed, step, rows.ids))
         try:
             result: tuple[mx.array, Any] = self._gradient(
-                self._parameters, batch.inputs, batch.targets, batch.mask, batch.lengths, keys
+                self._parameters, batch.inputs, batch.lengths, batch.positions, batch.targets, batch.weights, keys
             )
         finally:
             # Not before: with checkpointing the backward pass runs layers again, and they must draw the same noise.
             self._context.keys = self._context.lengths = None
         return result
 
-    def _loss(
-        self, parameters: Any, inputs: mx.array, targets: mx.array, mask: mx.array, lengths: mx.array, keys: mx.array
-    ) -> mx.array:
+    def _loss(self, parameters: Any, *arrays: mx.array) -> mx.array:
+        *batch, keys = arrays
         self._model.update(parameters)
-        self._context.keys, self._context.lengths = keys, lengths
-        return loss_sum(self._model, Batch(inputs, targets, mask, lengths))
+        found = Batch(*batch)
+        self._context.keys, self._context.lengths = keys, found.lengths
+        return self.loss(found)
 
     def _apply(self, gradients: Arrays, tokens: int, learning_rate: float) -> float:
         """Divide by the global token count, clip, update; one synchronisation with the device.

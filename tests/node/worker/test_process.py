@@ -44,7 +44,7 @@ from node.spec import (
     TuningSpec,
 )
 from node.supervisor import LocalWorker
-from node.worker.loss import loss_sum, pad
+from node.worker.loss import TokenLoss, pad
 from tests.fixtures.models import tiny_model
 from tests.fixtures.training import InProcess, as_rows, random_batches
 
@@ -114,7 +114,7 @@ def test_a_whole_conversation(tmp_path: Path) -> None:
         rows = as_rows(BATCHES[0])
         await worker.send(Evaluate(9, rows))
         here.model.eval()
-        expected: Any = loss_sum(here.model, pad(rows)).item()
+        expected: Any = TokenLoss(here.model).value(pad(rows)).item()
         assert await until(worker, EvalDone) == EvalDone(9, expected, rows.target_tokens)
 
         prompt = rows.tokens[:5]
