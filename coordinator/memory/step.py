@@ -1,6 +1,6 @@
 """The memory of one training step.
 
-A step peaks in one of three places: in the loss, where several copies of the logits live at once; in the backward pass
+A step peaks in one of three places: in the loss, where several copies of a part of the logits live at once; in the backward pass
 of the last block, beside all the activations kept for it; or in the update, where old and new state live side by side.
 The factors below were fitted to the peaks that MLX reported for the worker's own trainer on random models (fp32 and
 bf16, 1-4 rows of 64-512 tokens, vocabularies of 256-32000); the tests measure again and compare.
@@ -16,12 +16,16 @@ from typing import Any
 
 from coordinator.memory.architecture import Architecture, Linear, architecture
 from coordinator.memory.weights import Shapes, Weights, expected_weights, read_weights
+from node.logits import rows_at_once
 from node.spec import FineTuneType
 
 MIB = 1 << 20
 
-LOGIT_COPIES = 4.2
-"""Copies of the logits alive at once: themselves, the exponentials, the softmax and its two gradients."""
+LOGIT_COPIES, LOGIT_COPIES_IN_PARTS = 4.2, 8.2
+"""Copies alive at once of the logits that are computed at a time: themselves, exponentials, probabilities and gradient;
+MLX allocates the next part's before the last one's are free."""
+HIDDEN_COPIES = 3
+"""Hidden states that the loss holds: those it picked, and their gradient in parts and whole."""
 SCORES_IN_FLIGHT, INNER_IN_FLIGHT = 2.3, 4.5
 """Temporaries in the backward pass of a block, in matrices of attention scores and in feed-forward widths."""
 CHECKPOINT_RECOMPUTED = 1.55
@@ -54,7 +58,7 @@ class EstimateOptions:
         grad_checkpoint: recompute activations.
         bits: as if the base were quantized to so many; None takes it as it is.
         micro_batch_rows: most rows computed at once; None the whole batch.
-        logit_copies: copies of the logits that the loss holds at once.
+        gpu: whether a GPU computes it, whose loss takes more positions at a time.
     """
 
     fine_tune_type: FineTuneType = "lora"
@@ -67,7 +71,7 @@ class EstimateOptions:
     grad_checkpoint: bool = False
     bits: int | None = None
     micro_batch_rows: int | None = None
-    logit_copies: float = LOGIT_COPIES
+    gpu: bool = True
 
     @property
     def rows_at_once(self) -> int:
@@ -242,12 +246,19 @@ class _Step:
             kept += sum(linear.parameters for linear in self.adapted) * self.weights.compute_bytes
         return kept
 
+    @property
+    def loss_bytes(self) -> int:
+        """What the loss holds: logits in parts, always fp32, and hidden states."""
+        at_once = rows_at_once(self.model.vocab, gpu=self.options.gpu)
+        copies = LOGIT_COPIES if self.tokens <= at_once else LOGIT_COPIES_IN_PARTS
+        logits = copies * self.model.vocab * min(self.tokens, at_once) * FP32_BYTES
+        return int(logits) + HIDDEN_COPIES * self.model.hidden * self.tokens * self.weights.compute_bytes
+
     def estimate(self) -> Estimate:
         full = self.options.fine_tune_type == "full"
         trained, moments, gradients = self.trained_bytes, self.optimizer_bytes, self.gradient_bytes
-        logits = int(self.options.logit_copies * self.model.vocab * self.tokens * self.weights.compute_bytes)
         activations = self.kept_bytes + self.in_flight_bytes
-        beyond = max(0, logits - gradients - self.in_flight_bytes)
+        beyond = max(0, self.loss_bytes - gradients - self.in_flight_bytes)
         old_state = 0 if full else trained + moments
         update = trained + UPDATE_IN_FLIGHT * self.largest_trained_bytes + old_state
         copies = max(0, update - gradients - activations - beyond)

@@ -17,14 +17,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from node.logits import rows_at_once
 from node.spec import Rows
 from node.worker.cut import Cut
 
 # Where the models of mlx-lm keep all that comes before the head.
 BODIES = (("model",), ("transformer",), ("backbone",), ("language_model", "model"))
-# Logits of so many bytes at once; a GPU needs more rows than a CPU to be busy.
-CHUNK_BYTES = 16 << 20
-FEWEST_ROWS, FEWEST_ROWS_ON_GPU, MOST_ROWS = 32, 512, 1024
 # Counts of targets are rounded up, by an eighth at most above 128, so that a run has few shapes.
 FINEST_COUNT = 16
 # What rounding may do where the same product is computed for other numbers of rows.
@@ -215,8 +213,7 @@ def _find_head(model: nn.Module) -> _Head | None:
         chosen = mx.array([6, 1, 4])
         here, there = cut.after(hidden[:, chosen]), logits[:, chosen]
         if here.shape == there.shape and here.dtype == there.dtype and _close(here, there):
-            fewest = FEWEST_ROWS_ON_GPU if mx.default_device().type == mx.gpu else FEWEST_ROWS
-            return _Head(cut, min(max(CHUNK_BYTES // (4 * logits.shape[-1]), fewest), MOST_ROWS))
+            return _Head(cut, rows_at_once(logits.shape[-1], gpu=mx.default_device().type == mx.gpu))
     return None
 
 

@@ -35,7 +35,7 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 SMALLEST, LARGEST = 0.85, 1.15
-"""Ratios of estimate to measured peak that are let pass; the worst over 44 jobs were 0.88 (bf16) and 1.02."""
+"""Ratios of estimate to measured peak that are let pass; the worst of the jobs below were 0.88 and 1.13."""
 
 
 def job(**changes: Any) -> dict[str, Any]:
@@ -50,6 +50,8 @@ MEASURED = {
     "lora, half of the layers": job(num_layers=2, batch_size=4),
     "lora, high rank": job(rank=64),
     "lora, large vocabulary": job(vocab_size=32000, length=64),
+    "lora, large vocabulary in parts": job(vocab_size=32000, length=256),
+    "lora, large vocabulary, bf16": job(vocab_size=32000, length=256, dtype="bfloat16"),
     "lora, bf16": job(dtype="bfloat16", length=64),
     "lora, checkpointed": job(grad_checkpoint=True, length=256),
     "qlora": job(bits=4),
@@ -80,6 +82,7 @@ def estimated(wanted: dict[str, Any]) -> int:
         max_seq_length=wanted["length"],
         optimizer=wanted["optimizer"],
         grad_checkpoint=wanted["grad_checkpoint"],
+        gpu=False,
     )
     return estimate(config, None, options).device_bytes
 

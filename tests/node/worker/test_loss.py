@@ -24,8 +24,7 @@ MASKED = pad(as_rows(random_batches(1, rows=6, masked=True)[0], extra_padding=3)
 @pytest.fixture(autouse=True)
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so few rows that even these batches have several, and a last one that is smaller."""
-    monkeypatch.setattr(loss, "FEWEST_ROWS", 7)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss, "rows_at_once", lambda vocabulary, gpu: 7)
 
 
 def trainable(folder: Path, method: Any = "lora") -> nn.Module:
@@ -39,7 +38,7 @@ def trainable(folder: Path, method: Any = "lora") -> nn.Module:
     return model
 
 
-def of_all_logits(model: nn.Module, batch: Batch) -> mx.array:
+def of_all_logits(model: nn.Module, batch: Batch) -> Any:
     """As it is defined, from the logits of all positions, padding and all."""
     logits: mx.array = model(batch.inputs).astype(mx.float32).reshape(batch.inputs.size, -1)
     weights, targets = mx.zeros(len(logits)), mx.zeros(len(logits), mx.int32)
@@ -59,7 +58,7 @@ def gradients(model: nn.Module, of: Any, batch: Batch) -> tuple[float, dict[str,
     total, found = mx.value_and_grad(value)(parameters)
     mx.eval(total, found)
     model.update(parameters)
-    return total.item(), dict(tree_flatten(found))
+    return float(total), dict(tree_flatten(found))
 
 
 def assert_same(model: nn.Module, *, tolerance: float = 1e-5) -> TokenLoss:
@@ -117,7 +116,7 @@ def test_a_trained_head_takes_the_plain_way(tmp_path: Path, tied: bool) -> None:
     assert not assert_same(model).in_parts
 
 
-class Mixed(nn.Module):
+class Mixed(nn.Module):  # type: ignore[misc]
     """A head that looks at the positions before, as none of mlx-lm's does."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -134,7 +133,7 @@ class Mixed(nn.Module):
         return mx.cumsum(logits, axis=1) / 8
 
 
-class Unnamed(nn.Module):
+class Unnamed(nn.Module):  # type: ignore[misc]
     """A model that keeps its body where nobody looks."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -180,7 +179,7 @@ def test_counts_have_few_sizes_and_little_to_fill_up() -> None:
 
 
 def test_all_logits_never_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(loss, "rows_at_once", lambda vocabulary, gpu: 32)
     vocabulary, length = 8192, 512
     model = trainable(tiny_model(tmp_path / "model", "llama", vocab_size=vocabulary, hidden=32, layers=1))
     batch = pad(as_rows([(list(range(3, 4 + length)), 1)]))
