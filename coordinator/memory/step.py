@@ -1,7 +1,8 @@
 """The memory of one training step.
 
-A step peaks in one of three places: in the loss, where several copies of a part of the logits live at once; in the backward pass
-of the last block, beside all the activations kept for it; or in the update, where old and new state live side by side.
+A step peaks in one of three places: in the loss, where several copies of a part of the logits live at once; in the
+backward pass of the last block, beside all the activations kept for it; or in the update, where old and new state live
+side by side.
 The factors below were fitted to the peaks that MLX reported for the worker's own trainer on random models (fp32 and
 bf16, 1-4 rows of 64-512 tokens, vocabularies of 256-32000); the tests measure again and compare.
 Attention counts with its full matrix of scores, because MLX does not fuse it while it traces gradients.
