@@ -28,6 +28,7 @@ def train(
     cores: Sequence[int] = (),
     launcher: bool = True,
     last: float = 1.0,
+    options: Sequence[str] = (),
 ) -> list[Iteration]:
     """Train, and say how each iteration went.
 
@@ -40,13 +41,15 @@ def train(
         cores: that the ranks are pinned to, in turn.
         launcher: False starts the ranks without ``mlx.launch``, whose own process is busy all the time.
         last: part of its core's time that the last rank gets; below 1 only without the launcher.
+        options: more of them, over these.
     """
-    options = [
+    given = [
         "--train", "--model", str(work.model), "--data", str(work.data), "--adapter-path", str(folder),
         "--iters", str(iters), "--batch-size", str(batch), "--num-layers", "-1", "--learning-rate", "1e-5",
         "--steps-per-report", "1", "--steps-per-eval", "100000", "--val-batches", "1", "--save-every", "100000",
+        *options,
     ]  # fmt: skip
-    rank = [sys.executable, "-m", "tests.benchmarks.mlx_rank", ",".join(map(str, cores)), *options]
+    rank = [sys.executable, "-m", "tests.benchmarks.mlx_rank", ",".join(map(str, cores)), *given]
     environment = {**os.environ, "MLX_DISABLE_COMPILE": "1"}
     if ranks == 1:
         output = _output(rank, environment)
@@ -124,5 +127,6 @@ def _iterations(output: str, batch: int) -> list[Iteration]:
             # It counts one position of the padding of each row that has any.
             tokens = said["trained_tokens"] - before - batch
             before = said["trained_tokens"]
-            found.append(Iteration(said["iteration"], said["at"], said["train_loss"], tokens))
+            peak = said["peak_memory"] * 1e9
+            found.append(Iteration(said["iteration"], said["at"], said["train_loss"], tokens, peak))
     return found

@@ -24,7 +24,7 @@ def main(cores: list[int], arguments: list[str]) -> None:
     class Printed(TrainingCallback):  # type: ignore[misc]
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
             if rank == 0:
-                keys = ("iteration", "train_loss", "trained_tokens")
+                keys = ("iteration", "train_loss", "trained_tokens", "peak_memory")
                 # By the wall, as every program sees it; past the progress bar, which has taken sys.stdout.
                 line = {"at": time.monotonic()} | {key: train_info[key] for key in keys}
                 os.write(1, f"\n{json.dumps(line)}\n".encode())

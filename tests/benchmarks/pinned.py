@@ -7,13 +7,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.workload import WARM_UP, Iteration, Workload
+from tests.benchmarks.workload import WARM_UP, Iteration, Workload, reported
 from tests.fixtures.nodes import ServingNode
 from tests.fixtures.pairs import pair
 
@@ -88,6 +87,20 @@ def copies(work: Workload, folder: Path, count: int, *, batch: int, iters: int) 
         return list(pool.map(one, range(count), cores(count)))
 
 
+def alone(
+    work: Workload,
+    folder: Path,
+    *,
+    batch: int,
+    iters: int,
+    options: Sequence[str] = (),
+    follow: Follower = lambda _: None,
+) -> list[Iteration]:
+    """Train on this machine's first core, with these options over the benchmark's own."""
+    more = ("--nodes", "local", *options)
+    return _train(work, folder, batch, iters, more, _on(cores(1)[0]), follow)
+
+
 def together(runs: Sequence[Sequence[Iteration]]) -> float:
     """Tokens per second of runs at the same time: of each, in the time that all of them were training."""
     first = max(run[WARM_UP - 1].at for run in runs)
@@ -121,7 +134,7 @@ def _train(
         for line in process.stdout:
             event = json.loads(line)
             if event["event"] == "step":
-                found.append(Iteration(event["iter"], time.monotonic(), event["loss"], event["tokens"]))
+                found.append(reported(event))
                 follow(event)
     if process.returncode:
         raise RuntimeError(f"coordinator train ended with {process.returncode}")

@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tests.benchmarks.figures import Figure
 from tests.benchmarks.pinned import cores
-from tests.benchmarks.workload import WARM_UP, Iteration, Workload, seconds_per_iteration, workload
+from tests.benchmarks.workload import WARM_UP, Iteration, Workload, reported, seconds_per_iteration, workload
 from tests.fixtures.hosts import Host, hosts, hosts_available
 from tests.fixtures.nodes import ServingNode
 from tests.fixtures.pairs import pair
@@ -88,7 +87,7 @@ def _train(work: Workload, host: Host, home: Path, folder: Path, addresses: str,
         for line in process.stdout:
             event = json.loads(line)
             if event["event"] == "step":
-                found.append(Iteration(event["iter"], time.monotonic(), event["loss"], event["tokens"]))
+                found.append(reported(event))
     if process.returncode:
         raise RuntimeError(f"coordinator train ended with {process.returncode}")
     return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 WORDS = ("seven", "quick", "brown", "foxes", "jump", "over", "a", "lazy", "dog", "while", "the", "cats", "watch", "it")
 # Iterations that count for nobody: the first ones allocate, and shares find their size.
@@ -35,12 +37,19 @@ class Iteration:
         at: when it was reported, by ``time.monotonic``.
         loss: mean over its target tokens, as the program counts them.
         tokens: real target tokens of it.
+        peak_memory_bytes: of MLX, so far.
     """
 
     number: int
     at: float
     loss: float
     tokens: float
+    peak_memory_bytes: float
+
+
+def reported(step: dict[str, Any]) -> Iteration:
+    """An iteration, as our program reports its step."""
+    return Iteration(step["iter"], time.monotonic(), step["loss"], step["tokens"], step["peak_memory_bytes"])
 
 
 def workload(folder: Path, rows: int, words: tuple[int, int], *, hidden: int = 512, layers: int = 4) -> Workload:
