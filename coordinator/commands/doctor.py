@@ -40,6 +40,12 @@ def doctor(context: click.Context, wanted: str, as_json: bool, debug: bool, run:
 
     if not debug and (run is not None or out is not None):
         raise UserError("--run and --out need --debug")
+
+    from coordinator.doctor.bundle import check_place, default_name, write_bundle
+
+    path = out if out is not None else default_name()
+    if debug:
+        check_place(path)
     about = _about(run) if debug else None
 
     from coordinator.doctor.ask import examine_fleet
@@ -52,9 +58,6 @@ def doctor(context: click.Context, wanted: str, as_json: bool, debug: bool, run:
     else:
         click.echo("\n".join(as_lines(examined)))
     if debug:
-        from coordinator.doctor.bundle import default_name, write_bundle
-
-        path = out if out is not None else default_name()
         names = write_bundle(path, as_data(examined), about, home())
         click.echo(f"wrote {path} ({len(names)} texts; its README.txt says what is in it)", err=True)
     if worst(examined.findings) == "wrong":

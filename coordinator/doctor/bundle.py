@@ -47,6 +47,24 @@ of your machines, and names of your files and models are in: they are what fault
 _SAMPLE = re.compile(r"^(sample at step [\d,]+): .*$", re.MULTILINE)
 
 
+def check_place(path: Path) -> None:
+    """Refuse a place where no file can be made, before it takes time to find out what is to be written there.
+
+    Args:
+        path: of the file; nothing is left there.
+
+    Raises:
+        UserError: it is there already, or cannot be made.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as error:
+        raise UserError(f"{path} is there already; name another file: --out FILE") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; name another file: --out FILE") from error
+    path.unlink()
+
+
 def write_bundle(path: Path, findings: Mapping[str, Any], run: Known | None, home: Path) -> list[str]:
     """Write the file; the names in it.
 

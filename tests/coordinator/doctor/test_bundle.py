@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.cli import coordinator
+from coordinator.doctor import ask
 from coordinator.doctor.bundle import default_name, versions, write_bundle
 from coordinator.running import index
 from coordinator.running.known import resolve
+from node.clikit import run_cli
 from node.errors import UserError
 from node.redact import HIDDEN
 from tests.coordinator.running.made import make_run
@@ -68,6 +71,32 @@ def test_nothing_is_overwritten(tandem_home: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is there already; name another file"):
         write_bundle(there, FINDINGS, None, tandem_home)
     assert there.read_text() == "mine"
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_examined(
+    tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def examine(*_: object) -> None:
+        raise AssertionError("the machines were examined")
+
+    monkeypatch.setattr(ask, "examine_fleet", examine)
+    there = tmp_path / "b.zip"
+    there.write_text("mine")
+    for out, why in (
+        (there, "is there already"),
+        (tmp_path / "none" / "b.zip", "No such file or directory"),
+        (there / "b.zip", "Not a directory"),
+    ):
+        assert run_cli(coordinator, ["doctor", "--debug", "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(out) in line
+        assert why in line
+        assert "--out FILE" in line
+    assert there.read_text() == "mine"
+    free = tmp_path / "free.zip"
+    with pytest.raises(AssertionError, match="examined"):
+        run_cli(coordinator, ["doctor", "--debug", "--out", str(free)])
+    assert not free.exists(), "to look leaves nothing"
 
 
 def test_variables_that_are_secret_have_no_value() -> None:
