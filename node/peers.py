@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from node.errors import TandemError, UserError
+from node.errors import TandemError, UserError, one_line
 from node.files import make_private_folder, sync_folder, write_private
 from node.identity import ID_CHARACTERS, Credentials
 
@@ -117,9 +117,13 @@ class Peers:
 
     Args:
         home: the ``TANDEM_HOME``.
+
+    Attributes:
+        trouble: why they could not be read at the last look, or "".
     """
 
     def __init__(self, home: Path) -> None:
+        self.trouble = ""
         self._folder = home / "peers"
         self._lock = threading.Lock()
         self._seen: tuple[tuple[str, int], ...] | None = None
@@ -179,9 +183,12 @@ class Peers:
                 if found != self._seen:
                     self._peers = {peer.home: peer for peer in _read(self._folder / name for name, _ in found)}
                     self._seen = found
+                self.trouble = ""
             except OSError as error:
+                gone = isinstance(error, FileNotFoundError)
+                self.trouble = "" if gone else one_line(error)
                 # A folder that is not there is that of who has no peers, unless the whole home is away.
-                if isinstance(error, FileNotFoundError) and self._folder.parent.exists():
+                if gone and self._folder.parent.exists():
                     self._peers, self._seen = {}, ()
             return self._peers
 

@@ -187,7 +187,8 @@ def rdma(facts: MachineFacts) -> Finding | None:
 def pairing(facts: MachineFacts) -> Finding:
     """Whom it is paired with."""
     if facts.peers is None:
-        return Finding("pairing", "unknown", "who is paired cannot be read")
+        mend = f"see that you may read {facts.disk.folder}/peers and all that lies in it"
+        return Finding("pairing", "unknown", "who is paired cannot be read", mend)
     if not facts.peers:
         mend = "`node pair` on the Mac that helps shows a code; `coordinator pair` on the one that trains takes it"
         return Finding("pairing", "warning", "paired with nobody: only programs of this machine are served", mend)

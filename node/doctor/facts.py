@@ -131,9 +131,11 @@ def disk(home: Path, store_bytes: int) -> Disk:
     return Disk(str(home), free, total, store_bytes)
 
 
-def peer_names(home: Path) -> tuple[str, ...]:
-    """Of all machines that this home is paired with."""
-    return tuple(peer.name for peer in Peers(home).all())
+def peer_names(home: Path) -> tuple[str, ...] | None:
+    """Of all machines that this home is paired with; None where that cannot be read."""
+    peers = Peers(home)
+    names = tuple(peer.name for peer in peers.all())
+    return None if peers.trouble else names
 
 
 async def device() -> Device:

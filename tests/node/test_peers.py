@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from node.doctor.facts import peer_names
 from node.errors import UserError
 from node.identity import credentials
 from node.peers import Peers, certificate_of, fingerprint, home_of, shown
@@ -16,6 +17,25 @@ from node.peers import Peers, certificate_of, fingerprint, home_of, shown
 
 def certificate(home: Path) -> bytes:
     return credentials(home).certificate
+
+
+def test_peers_that_cannot_be_read_are_not_taken_for_none(tmp_path: Path) -> None:
+    peers = Peers(tmp_path)
+    assert (peers.all(), peers.trouble) == ((), "")
+    assert peer_names(tmp_path) == ()
+    # Rights would not keep root out; whatever the system refuses is an OSError.
+    (tmp_path / "peers").write_text("no folder")
+    assert peers.all() == ()
+    assert "Not a directory" in peers.trouble
+    assert peer_names(tmp_path) is None
+    (tmp_path / "peers").unlink()
+    added = peers.add("Air", certificate(tmp_path / "air"))
+    assert (peers.all(), peers.trouble) == ((added,), "")
+    record = tmp_path / "peers" / f"{added.home}.json"
+    record.unlink()
+    record.mkdir()  # one of them alone
+    assert peers.all() == (added,), "what was known holds"
+    assert peer_names(tmp_path) is None
 
 
 def test_a_certificate_names_its_home_and_nothing_else_does(tmp_path: Path) -> None:

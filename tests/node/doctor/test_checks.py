@@ -104,7 +104,7 @@ ILL = {
     ),
     "ports unknown": (reads(thunderbolt=None), "rdma", "unknown", "Thunderbolt 5", ""),
     "paired with nobody": (with_(peers=()), "pairing", "warning", "nobody", "coordinator pair"),
-    "peers unknown": (with_(peers=None), "pairing", "unknown", "cannot be read", ""),
+    "peers unknown": (with_(peers=None), "pairing", "unknown", "cannot be read", "/peers"),
 }  # fmt: skip
 
 
