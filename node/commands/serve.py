@@ -16,6 +16,8 @@ from node.sizes import parse_size, show_size
 
 if TYPE_CHECKING:
     from node.daemon import Daemon
+    from node.pairing.desk import Happening
+    from node.pairing.tokens import Token
 
 HELP = """Take part in the training of others on this network.
 
@@ -93,8 +95,6 @@ def serve(
     from node.home import home
     from node.logs import logged_to
     from node.owner import Owner
-    from node.pairing.desk import Happening
-    from node.pairing.tokens import parse_token
 
     if name is not None and (problem := name_problem(name)):
         raise UserError(f"--name {name!r}: {problem}; take another")
@@ -131,29 +131,54 @@ def serve(
             click.echo("handing over the job at hand; Ctrl-C again leaves at once")
 
     kept = None if store_limit is None else _store_limit(store_limit)
-    token = parse_token(_token_text(join)) if join is not None else None
+    token, missing = (None, None) if join is None else _token(join, home())
     with contextlib.nullcontext() if log is None else logged_to(log):
+        if missing is not None:
+            tell(missing)
         asyncio.run(daemon.serve(name, host, port, owner, kept, say, say_leaving, token, tell))
 
 
-def _token_text(given: str) -> str:
-    """What stands for the token, in the option or where it says.
+def _token(given: str, ours: Path) -> tuple[Token | None, Happening | None]:
+    """The token of ``--join``; None where its file is gone and it is needed no more, with what is said of that.
+
+    A service starts with the same option each time, and whoever has been paired may have removed the file.
+
+    Args:
+        given: the option.
+        ours: the ``TANDEM_HOME``.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: it is no token, or cannot be read.
     """
-    if given == "-":
-        if sys.stdin is None:
-            raise UserError("--join -: stdin is closed; give the token there, or in a file: --join @FILE")
-        return sys.stdin.readline(MOST_TOKEN_CHARACTERS)
+    from node.pairing.desk import Happening
+    from node.pairing.tokens import parse_token
+    from node.peers import Peers
+
     if not given.startswith("@"):
-        return given
+        return parse_token(_from_stdin() if given == "-" else given), None
     path = Path(given.removeprefix("@")).expanduser()
     try:
         with path.open(errors="replace") as file:
-            return file.readline(MOST_TOKEN_CHARACTERS)
+            return parse_token(file.readline(MOST_TOKEN_CHARACTERS)), None
     except OSError as error:
-        raise UserError(f"--join {given}: {path} cannot be read: {error.strerror}") from error
+        problem = f"--join {given}: {path} cannot be read: {error.strerror}"
+        if not isinstance(error, FileNotFoundError) or not Peers(ours).all():
+            mend = "put the token of `coordinator invite` there, or leave the option out"
+            raise UserError(f"{problem}; {mend}") from error
+        line = f"{problem}; this machine is paired already and serves without it"
+        return None, Happening("join_refused", line, {"reason": "missing", "file": str(path)})
+
+
+def _from_stdin() -> str:
+    """The line that stands for a token.
+
+    Raises:
+        UserError: there is none.
+    """
+    text = "" if sys.stdin is None else sys.stdin.readline(MOST_TOKEN_CHARACTERS)
+    if not text.strip():
+        raise UserError("--join -: no token came on stdin; give it there, or in a file: --join @FILE")
+    return text
 
 
 def _store_limit(text: str) -> int:

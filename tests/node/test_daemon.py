@@ -25,9 +25,11 @@ from node.clikit import run_cli
 from node.daemon import Daemon
 from node.errors import NodeLost, NodeRefused, UserError
 from node.events import Condition, Heartbeat
+from node.identity import credentials
 from node.info import DEFAULT_PORT, Interface, NodeInfo
 from node.owner import Owner
 from node.pairing.tokens import Token, new_token
+from node.peers import Peers
 from node.running import running_nodes
 
 MAIN = "from node.cli import main; raise SystemExit(main())"
@@ -177,6 +179,35 @@ def test_a_token_need_not_stand_in_the_command(
     monkeypatch.setattr(sys, "stdin", None)
     assert run_cli(cli, ["serve", "--join", "-"]) == 2
     assert "no token" in capsys.readouterr().err
+
+
+def test_a_token_whose_file_is_gone_keeps_no_paired_machine_from_serving(
+    tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[Token | None] = []
+
+    async def serve(*arguments: Any) -> None:
+        served.append(arguments[7])
+
+    monkeypatch.setattr(daemon, "serve", serve)
+    gone = tmp_path / "token"
+    given = ["serve", "--quiet", "--join", f"@{gone}"]
+    assert run_cli(cli, given) == 2
+    assert "coordinator invite" in capsys.readouterr().err
+    Peers(tandem_home).add("Air", credentials(tmp_path / "air").certificate)
+    assert run_cli(cli, given) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(gone) in line
+    assert "paired already" in line
+    assert run_cli(cli, ["serve", "--json", "--join", f"@{gone}"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["event"], said["reason"], said["file"]) == ("join_refused", "missing", str(gone))
+    gone.write_text("no token")
+    assert run_cli(cli, given) == 2, "what is there must be one"
+    gone.unlink()
+    gone.mkdir()
+    assert run_cli(cli, given) == 2, "only what is missing was removed after use"
+    assert served == [None, None]
 
 
 def test_a_node_inside_another_program_is_not_announced(tandem_home: Path) -> None:
