@@ -216,7 +216,7 @@ class Daemon:
 
     async def start(self) -> None:
         """Serve."""
-        await asyncio.to_thread(_check_host, self._host)
+        await asyncio.to_thread(check_host, self._host)
         if self._advert is not None:
             self._take_name()
         await asyncio.gather(asyncio.to_thread(_tidy), self._look(), self._look_at_power())
@@ -263,10 +263,8 @@ class Daemon:
             UserError: it cannot, on the port that was asked for.
         """
         wanted = DEFAULT_PORT if self._wanted_port is None else self._wanted_port
-        problem = _bind_problem(self._host, wanted)  # asked first: grpc would write of it, too
-        if problem not in (0, errno.EADDRINUSE):
-            raise UserError(f"--port {wanted}: {os.strerror(problem)}; take another port, or --port 0 for any")
-        if not problem:
+        # Asked first: grpc would write of it, too.
+        if not taken_port(self._host, wanted):
             with contextlib.suppress(RuntimeError):  # somebody was faster
                 return rpc.listen(server, f"{self._host}:{wanted}", self._trust)
         who = await self._who_has(wanted)
@@ -385,7 +383,7 @@ def _bind_problem(host: str, port: int) -> int:
     return 0
 
 
-def _check_host(host: str) -> None:
+def check_host(host: str) -> None:
     """Refuse what is no address of this machine.
 
     Raises:
@@ -400,6 +398,32 @@ def _check_host(host: str) -> None:
     if not ours:
         own = ", ".join(item.address for item in links.interfaces())
         raise UserError(f"--host {host}: no IPv4 address of this machine; it has {own}; {EVERYWHERE} is all of them")
+
+
+def taken_port(host: str, port: int) -> bool:
+    """Whether another program listens there.
+
+    Raises:
+        UserError: nobody may.
+    """
+    problem = _bind_problem(host, port)
+    if problem not in (0, errno.EADDRINUSE):
+        raise UserError(f"--port {port}: {os.strerror(problem)}; take another port, or --port 0 for any")
+    return problem != 0
+
+
+def check_place(host: str, port: int | None) -> None:
+    """Refuse where this machine cannot serve; a port that is taken may be free when it is to serve.
+
+    Args:
+        host: as ``Daemon`` takes it.
+        port: likewise.
+
+    Raises:
+        UserError: the host is not this machine, or the port may not be listened on.
+    """
+    check_host(host)
+    taken_port(host, DEFAULT_PORT if port is None else port)
 
 
 def _allow_connections() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,7 @@ REFUSED = ("join_refused",)
 )
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when it serves.")
+@click.option("--check", is_flag=True, hidden=True, help="Only say what is wrong with the options, and serve nothing.")
 def serve(
     name: str | None,
     port: int | None,
@@ -86,6 +88,7 @@ def serve(
     log: Path | None,
     quiet: bool,
     as_json: bool,
+    check: bool,
 ) -> None:
     """Serve until Ctrl-C."""
     import asyncio
@@ -132,6 +135,11 @@ def serve(
 
     kept = None if store_limit is None else _store_limit(store_limit)
     token, missing = (None, None) if join is None else _token(join, home())
+    if check:
+        daemon.check_place(host, port)
+        if log is not None:
+            _check_log(log)
+        return
     with contextlib.nullcontext() if log is None else logged_to(log):
         if missing is not None:
             tell(missing)
@@ -179,6 +187,17 @@ def _from_stdin() -> str:
     if not text.strip():
         raise UserError("--join -: no token came on stdin; give it there, or in a file: --join @FILE")
     return text
+
+
+def _check_log(log: Path) -> None:
+    """Refuse a log that cannot be written; nothing is made.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    there = next(part for part in (log, *log.absolute().parents) if os.access(part, os.F_OK))
+    if not os.access(there, os.W_OK) or (there != log and not there.is_dir()):
+        raise UserError(f"--log {log}: {there} cannot be written to; name another file")
 
 
 def _store_limit(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -208,6 +209,41 @@ def test_a_token_whose_file_is_gone_keeps_no_paired_machine_from_serving(
     gone.mkdir()
     assert run_cli(cli, given) == 2, "only what is missing was removed after use"
     assert served == [None, None]
+
+
+def test_options_are_checked_without_serving(
+    tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def serve(*_: Any) -> None:
+        raise AssertionError("it serves")
+
+    monkeypatch.setattr(daemon, "serve", serve)
+    token, log = tmp_path / "token", tmp_path / "logs" / "node.log"
+    token.write_text(f"{new_token('ab' * 32)}\n")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        good = ["--max-memory", "12GB", "--host", "127.0.0.1", "--port", str(taken), "--log", str(log)]
+        assert run_cli(cli, ["serve", "--check", "--join", f"@{token}", *good]) == 0, "a port may be free by then"
+    file = tmp_path / "file"
+    file.write_text("")
+    for option, value, why in (
+        ("--max-memory", "banana", "no size"),
+        ("--max-memory", "1KB", "no job fits"),
+        ("--store-limit", "1KB", "no model fits"),
+        ("--name", " ", "take another"),
+        ("--host", "192.0.2.7", "no IPv4 address of this machine"),
+        ("--port", "70000", "--port"),
+        ("--log", str(file / "node.log"), f"{file} cannot be written to"),
+        ("--join", "nonsense", "no token"),
+        ("--no-such-option", "x", "No such option"),
+    ):
+        assert run_cli(cli, ["serve", "--check", option, value]) == 2, option
+        assert why in capsys.readouterr().err
+    monkeypatch.setattr(daemon, "_bind_problem", lambda *_: errno.EACCES)
+    assert run_cli(cli, ["serve", "--check", "--port", "80"]) == 2
+    assert "--port 80: Permission denied" in capsys.readouterr().err
+    assert not log.parent.exists()
+    assert not list(tandem_home.glob("*")), "looking changes nothing"
 
 
 def test_a_node_inside_another_program_is_not_announced(tandem_home: Path) -> None:
