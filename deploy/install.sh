@@ -65,6 +65,15 @@ write() {
     fi
 }
 
+# A path as a service finds it, which runs in another folder.
+full_path() {
+    case $1 in
+        /*) printf '%s\n' "$1" ;;
+        [~]/*) printf '%s\n' "$HOME/${1#??}" ;;
+        *) printf '%s\n' "$PWD/$1" ;;
+    esac
+}
+
 first_line() { [ -f "$1" ] && head -n 1 "$1" || true; }
 
 # ---------------------------------------------------------------- what was asked for
@@ -99,15 +108,36 @@ parse() {
         esac
         shift
     done
-    serve_options=$(for word in "$@"; do printf '%s\n' "$word"; done)
-    case $prefix in
-        /*) ;;
-        *) prefix=$PWD/$prefix ;;
-    esac
+    serve_options=$(full_options "$@")
+    for word in "$@"; do
+        case $word in
+            -h | --help | --check) fail "$word is for a terminal, no option of a service: node serve $word" 2 ;;
+        esac
+    done
+    prefix=$(full_path "$prefix")
     [ "$purge" = no ] || [ "$uninstall" = yes ] || fail '--purge goes with --uninstall' 2
     if [ "$uninstall" = yes ] && [ -n "$start$serve_options" ]; then
         fail '--uninstall takes no option of an installation' 2
     fi
+}
+
+# Options of node serve, one on a line, with full paths in them.
+full_options() {
+    before=''
+    for word in "$@"; do
+        case $before in
+            --join) [ "${word#@}" = "$word" ] || word=@$(full_path "${word#@}") ;;
+            --log) word=$(full_path "$word") ;;
+            *)
+                case $word in
+                    --join=@*) word=--join=@$(full_path "${word#--join=@}") ;;
+                    --log=*) word=--log=$(full_path "${word#--log=}") ;;
+                esac
+                ;;
+        esac
+        printf '%s\n' "$word"
+        before=$word
+    done
 }
 
 choose() {
@@ -123,7 +153,8 @@ locate() {
     user=$(id -un)
     system=$(uname -s)
     home_file=$lib/environment
-    tandem_home=${TANDEM_HOME:-$(sed -n 's/^TANDEM_HOME=//p' "$home_file" 2>/dev/null || true)}
+    tandem_home=$(setting TANDEM_HOME)
+    data_home=$(setting XDG_DATA_HOME)
     case $system in
         Darwin)
             app=$HOME/Applications/mlx-tandem.app
@@ -132,7 +163,7 @@ locate() {
             ;;
         Linux)
             app='' log=''
-            : "${tandem_home:=${XDG_DATA_HOME:-$HOME/.local/share}/mlx-tandem}"
+            : "${tandem_home:=${data_home:-$HOME/.local/share}/mlx-tandem}"
             ;;
         *) fail "$system: only macOS and Linux are supported" ;;
     esac
@@ -226,7 +257,7 @@ build() {
     if [ -n "$serve_options" ]; then
         say "node serve: $(printf '%s' "$serve_options" | tr '\n' ' ')"
         # Before anything is replaced: a service with a wrong option would never start.
-        [ "$dry" = yes ] || each_option check_options
+        [ "$dry" = yes ] || check_options
     fi
 }
 
@@ -240,13 +271,16 @@ END
     "$@"
 }
 
+# Let the new version say whether it would serve with its options, in the folder and with the variables of the service.
 check_options() {
-    "$new/bin/python" -P -c '
-import sys
-from node.clikit import run_cli
-from node.commands.serve import serve
-sys.exit(run_cli(serve.__class__("serve", params=serve.params, callback=lambda **_: None), prog_name="node serve"))
-' "$@" || fail 'that is no option of node serve; nothing was changed' 2
+    set --
+    while IFS= read -r pair; do
+        [ -z "$pair" ] || set -- "$@" "$pair"
+    done <<END
+$(environment)
+END
+    (cd "$HOME" && each_option env "$@" "$new/bin/node" serve --check </dev/null) ||
+        fail 'node serve would not start with these options; nothing was changed' 2
 }
 
 # Click writes what completes its commands.
@@ -268,13 +302,22 @@ build_settings() {
     printf '%s\n' "$start" | write "$aside/start"
 }
 
-# NAME=VALUE of what the service is handed: what is set now, else what was at the last time.
+# NAME=VALUE of what the service is handed.
 environment() {
     for name in $HANDED_DOWN; do
-        eval "value=\${$name:-}"
-        [ -n "$value" ] || value=$(sed -n "s/^$name=//p" "$home_file" 2>/dev/null || true)
+        value=$(setting "$name")
         [ -z "$value" ] || printf '%s=%s\n' "$name" "$value"
     done
+}
+
+# The value of a variable that the service is handed: what is set now, else what was at the last time.
+setting() {
+    eval "value=\${$1:-}"
+    [ -n "$value" ] || value=$(sed -n "s/^$1=//p" "$home_file" 2>/dev/null || true)
+    case $1 in
+        TANDEM_HOME | HF_HOME | XDG_*) [ -z "$value" ] || value=$(full_path "$value") ;;
+    esac
+    printf '%s\n' "$value"
 }
 
 # ---------------------------------------------------------------- putting it into place

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from node.identity import credentials
+from node.pairing.tokens import new_token
+from node.peers import Peers
 from tests.fixtures.installs import LABEL, SYSTEM_PATH, UNIT, Machine
 
 SYSTEMS = ("Darwin", "Linux")
@@ -200,6 +203,51 @@ def test_what_fails_half_way_leaves_all_as_it_was(machine: Machine) -> None:
     assert machine.told() == []
 
 
+def test_values_that_keep_the_service_from_starting_are_refused_before_anything_is_replaced(linux: Machine) -> None:
+    linux.install("--", "--max-memory", "12GB")
+    linux.told()
+    good = linux.tree()
+    missing = str(linux.home / "token")
+    for option, value in (("--max-memory", "banana"), ("--host", "192.0.2.7"), ("--join", f"@{missing}")):
+        refused = linux.run("--", option, value)
+        assert refused.returncode == 2, refused.stdout
+        assert f"{option} {value}: " in refused.stderr or f"{option}: '{value}'" in refused.stderr
+        assert "nothing was changed" in refused.stderr
+    assert linux.tree() == good
+    assert linux.told() == []
+    assert (linux.lib / "serve-options").read_text() == "--max-memory\n12GB\n"
+
+
+def test_a_paired_machine_is_upgraded_without_the_file_of_its_used_token(linux: Machine) -> None:
+    token = linux.home / "token"
+    token.write_text(f"{new_token('ab' * 32)}\n")
+    linux.install("--", "--join", f"@{token}")
+    token.unlink()
+    assert linux.run().returncode == 2, "it was not paired yet"
+    Peers(linux.tandem_home).add("Air", credentials(linux.home / "air").certificate)
+    # Where it is paired is what the service was handed, not what is set now.
+    linux.install(TANDEM_HOME="")
+
+
+def test_relative_paths_hold_in_another_folder(linux: Machine) -> None:
+    (linux.home / "token").write_text(f"{new_token('ab' * 32)}\n")
+    options = ("--", "--join", "@token", "--log=logs/node.log", "--name", "@token")
+    linux.install("--no-service", "--prefix", "elsewhere", *options, TANDEM_HOME="data/here", HF_HOME="~/models")
+    lib = linux.home / "elsewhere" / "lib" / "mlx-tandem"
+    assert (lib / "serve-options").read_text().splitlines() == [
+        "--join",
+        f"@{linux.home}/token",
+        f"--log={linux.home}/logs/node.log",
+        "--name",
+        "@token",
+    ]
+    kept = (lib / "environment").read_text().splitlines()
+    assert f"TANDEM_HOME={linux.home}/data/here" in kept
+    assert f"HF_HOME={linux.home}/models" in kept
+    linux.install("--uninstall", "--purge", "--prefix", "elsewhere", TANDEM_HOME="data/here")
+    assert not (linux.home / "data" / "here").exists()
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_what_is_killed_half_way_is_made_good_by_the_next_run(linux: Machine, how: signal.Signals) -> None:
     linux.install()
@@ -283,6 +331,7 @@ def test_two_installations_do_not_share_a_service(machine: Machine) -> None:
         (("--purge",), "--uninstall"),
         (("--prefix",), "needs a folder"),
         (("--uninstall", "--at-boot"), "--uninstall"),
+        (("--", "--help"), "node serve --help"),
     ],
 )
 def test_mistakes(linux: Machine, arguments: tuple[str, ...], word: str) -> None:
