@@ -62,13 +62,25 @@ build_app() {
 }
 
 build_service() {
+    # A unit may write to folders only that are there when it starts; and what cannot be made is said before anything
+    # is replaced.
+    run mkdir -p "$tandem_home"
     case $system-$start in
         Darwin-login) set -- agent --log "$log" --launcher "$app/Contents/MacOS/mlx-tandem" ;;
         Darwin-boot) set -- daemon --log "$log" --user "$user" ;;
         Linux-login) set -- user ;;
         Linux-boot)
             set -- system --user "$user" --writable "$tandem_home"
-            set -- "$@" --writable "${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}"
+            models=$(setting HF_HOME)
+            caches=$(setting XDG_CACHE_HOME)
+            : "${models:=${caches:-$HOME/.cache}/huggingface}"
+            run mkdir -p "$models"
+            set -- "$@" --writable "$models"
+            log_file=$(each_option log_option)
+            if [ -n "$log_file" ]; then
+                run mkdir -p "$(dirname "$log_file")"
+                set -- "$@" --writable "$(dirname "$log_file")"
+            fi
             ;;
     esac
     while IFS= read -r pair; do
@@ -77,6 +89,19 @@ build_service() {
 $(environment)
 END
     each_option service_file "$@" --home "$HOME" -- "$lib/current/bin/node" serve
+}
+
+# The file that node serve is to write to, of these options of it.
+log_option() {
+    before='' found=''
+    for word in "$@"; do
+        case $word in
+            --log=*) found=${word#--log=} ;;
+            *) [ "$before" != --log ] || found=$word ;;
+        esac
+        before=$word
+    done
+    printf '%s\n' "$found"
 }
 
 service_file() {
@@ -105,7 +130,6 @@ place_app() {
 start_service() {
     service=$(service_of "$start")
     say "starting node serve ($service)"
-    run mkdir -p "$tandem_home"
     as_owner_of "$start" mkdir -p "$(dirname "$service")"
     as_owner_of "$start" install -m 644 "$aside/service" "$service"
     if [ "$system" = Darwin ]; then

@@ -128,8 +128,32 @@ def test_a_unit_says_what_was_asked_for(tmp_path: Path, start: str) -> None:
     assert environment["TANDEM_HOME"] == str(linux.tandem_home)
     assert made["KillMode"] == ["mixed"], "workers are not to be ended between two steps"
     assert not re.search(r"@[A-Z]+@", linux.service(start).read_text())
-    if start == "boot":
-        assert f"-{linux.tandem_home}" in words(made["ReadWritePaths"][0])
+
+
+def test_a_unit_may_write_to_folders_that_are_there(tmp_path: Path) -> None:
+    linux = Machine(tmp_path, "Linux")
+    models, log = linux.home / "models of mine", linux.home / "logs" / "node.log"
+    linux.install("--at-boot", "--", "--log", "logs/node.log", HF_HOME=str(models))
+    writable = [f"-{folder}" for folder in (linux.tandem_home, models, log.parent)]
+    for _ in range(2):
+        assert words(unit(linux.service("boot"))["ReadWritePaths"][0]) == writable
+        # systemd passes over what is missing when it starts, and it stays read-only.
+        for folder in (linux.tandem_home, models, log.parent):
+            assert folder.is_dir()
+            folder.rmdir()
+        linux.install(HF_HOME="", TANDEM_HOME="")  # as it was at the last time
+
+
+def test_what_a_unit_cannot_write_to_is_said_before_anything_is_replaced(tmp_path: Path) -> None:
+    linux = Machine(tmp_path, "Linux")
+    linux.install("--no-service")
+    good = linux.tree()
+    (linux.home / "file").write_text("")
+    failed = linux.run("--at-boot", HF_HOME=str(linux.home / "file" / "models"))
+    assert failed.returncode == 1
+    assert str(linux.home / "file") in failed.stderr
+    assert linux.tree() - good <= {str(linux.home / "file"), str(linux.tandem_home)}
+    assert not linux.told()
 
 
 @pytest.mark.skipif(not is_there("systemd-analyze"), reason="needs systemd-analyze")
