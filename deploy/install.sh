@@ -352,14 +352,22 @@ completion() {
 # Remove versions that nothing uses any more: a program that runs loads parts of its own as it needs them.
 remove_old() {
     [ -d "$lib/versions" ] || return 0
-    running=$(ps -A -o args= 2>/dev/null || true)
+    running=$(ps -A -ww -o command= 2>/dev/null || true)
     for folder in "$lib"/versions/*; do
         [ "$folder" != "$new" ] || continue
-        case $running in
-            *"$folder"/*) say "$folder is in use: it goes with the next upgrade" ;;
-            *) run rm -rf "$folder" ;;
-        esac
+        if is_used "$folder"; then
+            say "$folder is in use: it goes with the next upgrade"
+        else
+            run rm -rf "$folder"
+        fi
     done
+}
+
+# Whether a program runs from a version, by the lock that ours hold (node/in_use.py), or by its name.
+is_used() {
+    case $running in *"$1"/*) return 0 ;; esac
+    [ "$dry" = no ] || return 1 # there is no new version to ask
+    [ "$("$new/bin/python" -P -m node.in_use "$1")" != "$1" ]
 }
 
 # ---------------------------------------------------------------- both ways

@@ -16,6 +16,7 @@ from click.exceptions import Exit, NoArgsIsHelpError, NoSuchCommand
 from click.shell_completion import shell_complete
 
 from node.errors import Interrupted, TandemError
+from node.in_use import hold
 from node.log_file import logged
 
 PIPE_CLOSED = 141  # what a shell reports for a process that SIGPIPE ended
@@ -96,6 +97,7 @@ def run_cli(group: click.Command, argv: Sequence[str] | None = None, prog_name: 
         0 done, 1 failed, 2 the user's mistake, 130 stopped by Ctrl-C. With ``TANDEM_DEBUG=1`` in the environment
         errors of ours are raised instead, with their traceback.
     """
+    hold()
     name = prog_name or Path(sys.argv[0]).name
     arguments = sys.argv[1:] if argv is None else list(argv)
     if wanted := os.environ.get(f"_{name}_COMPLETE".replace("-", "_").upper()):

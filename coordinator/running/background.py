@@ -22,6 +22,7 @@ from coordinator.running import index
 from coordinator.stream import Noted, Reader, RunEvent, RunStarted, StepFinished
 from coordinator.view.plain import PlainView
 from node.errors import Interrupted, TandemError
+from node.in_use import hold
 from node.log_file import logged
 from node.logs import bound_log
 
@@ -72,6 +73,7 @@ class Starting:
 
 def main() -> int:
     """Do the run that standard input orders."""
+    hold()
     handle = int(sys.argv[1])
     os.set_inheritable(handle, False)  # noqa: FBT003
     try:

@@ -8,6 +8,7 @@ import socket
 import sys
 
 from node.channel import BlockingChannel
+from node.in_use import hold
 from node.worker.inbox import Inbox
 
 
@@ -16,6 +17,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="node.worker")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the connected socket")
     arguments = parser.parse_args()
+    hold()  # a program of somebody else's may have started us, by the API
     # Ctrl-C in a terminal reaches every process of the foreground: only the coordinator decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     inbox = Inbox(BlockingChannel(socket.socket(fileno=arguments.fd)))

@@ -15,6 +15,18 @@ from node.peers import Peers
 from tests.fixtures.installs import LABEL, SYSTEM_PATH, UNIT, Machine
 
 SYSTEMS = ("Darwin", "Linux")
+WAITING = """
+import click, signal
+from node.clikit import run_cli
+
+@click.command()
+def waiting():
+    click.echo("runs")
+    signal.pause()
+
+run_cli(waiting, [], prog_name="waiting")
+"""
+"""A program of ours that waits for a signal."""
 
 
 @pytest.fixture(params=SYSTEMS)
@@ -182,6 +194,30 @@ def test_a_version_that_runs_is_not_pulled_from_under_it(linux: Machine) -> None
         assert first in linux.versions
     finally:
         running.communicate(b"\n")
+    linux.install()
+    assert first not in linux.versions
+    assert len(linux.versions) == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_version_that_runs_under_another_name_is_not_pulled_from_under_it(
+    linux: Machine, how: signal.Signals
+) -> None:
+    linux.install("--no-service")
+    (first,) = linux.versions
+    # As under a framework build of Python: no path of the version in what ps shows.
+    with subprocess.Popen(
+        ["./python", "-P", "-c", WAITING], cwd=first / "bin", env=linux.environment(), stdout=subprocess.PIPE
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"runs\n"
+        try:
+            shown = subprocess.run(["ps", "-A", "-ww", "-o", "command="], capture_output=True, text=True, check=True)
+            assert str(first) not in shown.stdout
+            assert "in use" in linux.install()
+            assert first in linux.versions
+        finally:
+            running.send_signal(how)
     linux.install()
     assert first not in linux.versions
     assert len(linux.versions) == 1
