@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from importlib import metadata
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from node.advert import EVERYWHERE, Advert, BonjourOff, wanted_interfaces
 from node.client import NodeClient
 from node.doctor.examine import examine, serving_now
 from node.doctor.finding import Diagnosis, Wanted
+from node.doctor.lan import permitted
 from node.errors import NodeError, TandemError, UserError, one_line
 from node.events import Condition
 from node.file_service import FileService
@@ -181,11 +183,13 @@ class Daemon:
             raise UserError(f"{self.name} serves a coordinator; run `node serve` to be paired")
         return await self._desk.new_code()
 
-    async def _diagnose(self, wanted: Wanted) -> Diagnosis:
+    async def _diagnose(self, wanted: Wanted, caller: IPv4Address | None) -> Diagnosis:
         advertised = self._advert is not None
         serving = await serving_now(self.port, self._relay.port, self.host, advertised=advertised, remark=self.remark)
         info = dataclasses.replace(self.info(), busy=self._service.busy)
-        return await examine(self._home, info, serving, wanted)
+        allowed, refused = await asyncio.to_thread(permitted, wanted.reach, caller, info.interfaces)
+        found = await examine(self._home, info, serving, dataclasses.replace(wanted, reach=allowed))
+        return dataclasses.replace(found, reached=(*found.reached, *refused))
 
     def _advertise_pairing(self) -> None:
         if self._advert is not None:

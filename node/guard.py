@@ -6,7 +6,9 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from ipaddress import IPv4Address, ip_address
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -38,6 +40,17 @@ def caller_home(context: Any) -> str:
         UserError: it came with none of ours; the guard lets no such call in.
     """
     return home_of(bytes(context.auth_context()["x509_pem_cert"][0]))
+
+
+def caller_address(context: Any) -> IPv4Address | None:
+    """Where a call came from; None where that is no address of IPv4."""
+    # ipv4:10.0.0.1:50000, or ipv6:%5B::ffff:10.0.0.1%5D:50000
+    host = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    return address if isinstance(address, IPv4Address) else address.ipv4_mapped
 
 
 class Guard(grpc.aio.ServerInterceptor):

@@ -58,16 +58,17 @@ _places = threading.BoundedSemaphore(MOST_AT_ONCE)
 
 @dataclass(frozen=True)
 class Address:
-    """An IPv4 address as the system tells it: the interface's name and the address."""
+    """An IPv4 address as the system tells it: the interface's name, the address, and how many bits are its network."""
 
     name: str
     address: str
+    prefix: int = 32
 
 
 def system_addresses() -> list[Address]:
     """Every IPv4 address of this machine."""
     return [
-        Address(adapter.name.partition(":")[0], str(ip.ip))  # eth0:1 is a second address of eth0
+        Address(adapter.name.partition(":")[0], str(ip.ip), ip.network_prefix)  # eth0:1 is a second address of eth0
         for adapter in ifaddr.get_adapters()
         for ip in adapter.ips
         if ip.is_IPv4

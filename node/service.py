@@ -18,6 +18,7 @@ import typing
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +31,7 @@ from node.doctor.finding import Diagnosis, Wanted
 from node.errors import OutOfMemory, TandemError, UserError, WorkerError, WorkerLost
 from node.events import Condition, Leaving
 from node.files import replacing, sha256_of
-from node.guard import caller, caller_home
+from node.guard import caller, caller_address, caller_home
 from node.home import holds, new_job_folder
 from node.info import Backend, Busy, NodeInfo, RingPart, StoredFile
 from node.listener import Listener
@@ -120,7 +121,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         secret: of the ``TANDEM_HOME``, for its own programs.
         stop: ends the daemon.
         pair: shows a new pairing code.
-        diagnose: looks at this machine and its network.
+        diagnose: looks at this machine and its network, for a caller at an address.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         secret: str,
         stop: Callable[[], Awaitable[None]] | None = None,
         pair: Callable[[], Awaitable[OpenCode]] | None = None,
-        diagnose: Callable[[Wanted], Awaitable[Diagnosis]] | None = None,
+        diagnose: Callable[[Wanted, IPv4Address | None], Awaitable[Diagnosis]] | None = None,
     ) -> None:
         self._describe = describe
         self._owner = owner
@@ -586,7 +587,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         wanted = Wanted(tuple(request.reach[:MOST_REACHED]), tuple(request.expect[:MOST_EXPECTED]))
         try:
             async with self._diagnosing:  # one at a time, whoever asks
-                return rpc.encode_diagnosis(await self._diagnose(wanted))
+                return rpc.encode_diagnosis(await self._diagnose(wanted, caller_address(context)))
         except (TandemError, OSError) as error:
             await _abort(context, _code(error), _words(error))
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.discovery import NOT_PAIRED, SILENT, mismatch
-from coordinator.doctor.machine import Machine, outcome_at
+from coordinator.doctor.machine import Machine, outcome_at, refused_at
 from coordinator.links import Paths, worth_measuring
+from coordinator.view.format import one_line, shortened
 from node.doctor.finding import Finding, Outcome, Verdict
 from node.doctor.network_checks import MULTICAST_MEND, allow_mend
 from node.hardware import Facts
@@ -18,6 +19,8 @@ SLOW_BITS_PER_SECOND = 100e6
 """Over a slower link, sums take longer than computing for all but small adapters."""
 SLOW_SECONDS = 0.02
 """For a small message one way."""
+MOST_REASON = 200
+"""Characters that are shown of why another machine did not try something."""
 FORGOTTEN = "pair the two again"
 """Ends the problem of a node that trusts us no more."""
 
@@ -31,6 +34,7 @@ _ANSWERS: Mapping[Outcome | None, str] = {
     "answers": "it takes the connection, but nothing comes through",
     "denied": "the system of the machine that asks does not let it",
     "failed": "the connection fails",
+    "untried": "not tried",
     None: "not tried",
 }
 
@@ -178,9 +182,14 @@ def reachable(machine: Machine, answered: Sequence[Machine], measured: Measured)
         elif outcomes <= {"refuses"}:
             mend = f"on {machine.label}: start `node serve` again"
         return Finding("reachable", "wrong" if failing == len(others) else "warning", "; ".join(told), mend)
-    untried = [label for found in (service, relay) for label, outcome in found.items() if outcome is None]
+    untried = {}
+    for one in others:
+        for found, at in ((service, machine.service_seen_from(one.info)), (relay, machine.relay_seen_from(one.info))):
+            if found[one.label] is None and one.label not in untried:
+                why = shortened(one_line(refused_at(one, at)), MOST_REASON)
+                untried[one.label] = f"{one.label} ({why})" if why else one.label
     if untried:
-        return Finding("reachable", "unknown", f"not tried by {', '.join(dict.fromkeys(untried))}")
+        return Finding("reachable", "unknown", f"not tried by {', '.join(untried.values())}")
     ports = f"ports {machine.port} and {machine.info.relay_port}"
     return Finding("reachable", "ok", f"{ports} are reached by {', '.join(service)}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from coordinator.links import interfaces_of
+from coordinator.links import interfaces_of, same_machine
 from node.doctor.finding import Diagnosis, Finding, Outcome, Reached
 from node.info import NodeInfo
 
@@ -106,10 +106,23 @@ def clock_of(diagnosis: Diagnosis, sent: float, arrived: float) -> Clock:
 def outcome_at(one: Machine, addresses: Sequence[str]) -> Outcome | None:
     """What came of a machine's connections to any of these addresses, the best of them; None for not tried."""
     order: tuple[Outcome, ...] = ("answers", "refuses", "silent", "denied", "failed")
-    reached = one.diagnosis.reached if one.diagnosis is not None else ()
-    found = [item.outcome for item in reached if item.address in addresses]
+    found = [item.outcome for item in _reached(one, addresses) if item.outcome != "untried"]
     return min(found, key=order.index, default=None)
 
 
+def refused_at(one: Machine, addresses: Sequence[str]) -> str:
+    """Why a machine did not try these addresses, or ""."""
+    return next((item.reason for item in _reached(one, addresses) if item.outcome == "untried"), "")
+
+
+def _reached(one: Machine, addresses: Sequence[str]) -> list[Reached]:
+    reached = one.diagnosis.reached if one.diagnosis is not None else ()
+    return [item for item in reached if item.address in addresses]
+
+
 def _addresses(info: NodeInfo, seen_from: NodeInfo, port: int) -> tuple[str, ...]:
-    return tuple(f"{item.address}:{port}" for item in interfaces_of(info, seen_from)[:MOST_ADDRESSES])
+    found = interfaces_of(info, seen_from)[:MOST_ADDRESSES]
+    if same_machine(info, seen_from):
+        # Loopback is tried for callers on that machine only.
+        found += [item for item in info.interfaces if item.kind != "loopback" and item not in found][:1]
+    return tuple(f"{item.address}:{port}" for item in found)

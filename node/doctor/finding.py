@@ -10,9 +10,9 @@ from node.info import NodeInfo
 
 # From good to bad. What cannot be known is no good news.
 Verdict = Literal["ok", "unknown", "warning", "wrong"]
-Outcome = Literal["silent", "answers", "refuses", "denied", "failed"]
+Outcome = Literal["silent", "answers", "refuses", "denied", "failed", "untried"]
 """Of a connection: nothing came back; somebody listens; the machine is there and says no; the system of the machine
-that asked said no at once (no route, not permitted); something else."""
+that asked said no at once (no route, not permitted); something else; it was none that the caller may have tried."""
 REACHED: tuple[Outcome, ...] = ("answers", "refuses")
 """Both came back over the network."""
 

@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import errno
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
 
 from zeroconf import BadTypeInNameException, Error, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
@@ -18,6 +19,8 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 from node.advert import SERVICE_TYPE, BonjourOff, fleet, open_bonjour, usable_addresses
 from node.doctor.finding import Outcome, Reached
 from node.errors import one_line
+from node.info import Interface
+from node.links import Address, system_addresses
 
 TRIAL_TYPE = "_mlx-tandem-try._tcp.local."
 """Of adverts that nobody but who makes them looks for."""
@@ -137,6 +140,42 @@ async def _open_two() -> tuple[AsyncZeroconf, AsyncZeroconf]:
     except BonjourOff:
         await first.async_close()
         raise
+
+
+def permitted(
+    addresses: Iterable[str],
+    caller: IPv4Address | None,
+    interfaces: Iterable[Interface],
+    system: Callable[[], Sequence[Address]] = system_addresses,
+) -> tuple[tuple[str, ...], tuple[Reached, ...]]:
+    """Which of these a caller may have this machine connect to, and what is said of the others.
+
+    A paired machine is to learn what the machines of a fleet reach, and not what listens on loopback here, or beyond
+    our own networks. Who calls from this very machine could connect there by itself.
+
+    Args:
+        addresses: ``ip:port`` each.
+        caller: where the call came from; None unknown.
+        interfaces: by which this node serves others.
+        system: how the system's addresses are asked.
+    """
+    own, served = system(), {item.address for item in interfaces}
+    here = caller is not None and (caller.is_loopback or any(str(caller) == found.address for found in own))
+    networks = [IPv4Network((found.address, found.prefix), strict=False) for found in own if found.address in served]
+    allowed, refused = [], []
+    for address in addresses:
+        host = address.rpartition(":")[0]
+        try:
+            ip = IPv4Address(host)
+        except ValueError:
+            refused.append(Reached(address, "untried", f"{host!r} is no IPv4 address"))
+            continue
+        near = not ip.is_loopback and any(ip in network for network in networks)
+        if here or near or ip == caller:
+            allowed.append(address)
+        else:
+            refused.append(Reached(address, "untried", f"{ip} is on no network of its machine"))
+    return tuple(allowed), tuple(refused)
 
 
 async def reach(addresses: Sequence[str]) -> tuple[Reached, ...]:

@@ -1072,7 +1072,7 @@ class Reached(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     outcome: _builtins.str
-    """silent, answers, refuses, denied, failed"""
+    """silent, answers, refuses, denied, failed, untried"""
     reason: _builtins.str
     def __init__(
         self,

@@ -11,6 +11,7 @@ from coordinator.discovery import SILENT, unpaired
 from coordinator.doctor.checks import Measured, check_links, check_together, no_answer
 from coordinator.doctor.machine import Clock, Machine, clock_of
 from coordinator.links import GIGABIT, Path, Paths
+from coordinator.view.format import one_line, shortened
 from node.doctor.finding import Diagnosis, Finding, Outcome, Reached
 from node.hardware import Facts
 from node.info import Interface, NodeInfo
@@ -180,6 +181,28 @@ def test_a_connection_that_is_taken_and_carries_nothing_is_not_good() -> None:
 def test_what_was_not_tried_is_unknown() -> None:
     machines = [says(ANNA, reached=()), BEN, CLEO]
     assert only("reachable", CLEO, machines, Measured()) == Finding("reachable", "unknown", "not tried by anna")
+
+
+def test_what_a_machine_would_not_try_is_unknown_with_its_reason() -> None:
+    why = "10.0.0.3 is far" + "\x1b[2J" * 100
+    refused = tuple(Reached(at("cleo", port), "untried", why) for port in (21617, 7))
+    machines = [says(ANNA, reached=refused), BEN, CLEO]
+    finding = only("reachable", CLEO, machines, Measured())
+    assert finding == Finding("reachable", "unknown", f"not tried by anna ({shortened(one_line(why), 200)})")
+    assert "\x1b" not in finding.seen
+    # What the link's measurement has found out counts.
+    assert only("reachable", CLEO, machines, Measured(paths())).seen == finding.seen, "the service is another port"
+    service = (refused[0], Reached(at("cleo", 21617), "answers"), refused[1])
+    machines = [says(ANNA, reached=service), BEN, CLEO]
+    assert only("reachable", CLEO, machines, Measured(paths())).verdict == "ok"
+
+
+def test_nodes_of_one_machine_are_tried_where_who_asks_from_elsewhere_may() -> None:
+    info = replace(
+        ANNA.info, interfaces=(Interface("en0", "ethernet", "10.0.0.1"), Interface("lo0", "loopback", "127.0.0.1"))
+    )
+    two = Machine("two", own=False, address="10.0.0.1:4000", diagnosis=Diagnosis(info, ()))
+    assert two.service_seen_from(replace(info, id="one")) == ("127.0.0.1:4000", "10.0.0.1:4000")
 
 
 def test_links_are_shown_with_their_speed() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import grpc.aio
 import pytest
 from click.testing import CliRunner
 
-from node import client, rpc
+from node import client, guard, rpc, service
 from node.cli import cli
 from node.client import NodeClient
 from node.daemon import Daemon
@@ -104,6 +105,55 @@ def test_only_paired_machines_are_told(tmp_path: Path, tandem_home: Path) -> Non
             await node.stop()
 
     asyncio.run(work())
+
+
+def test_a_machine_from_elsewhere_does_not_learn_what_listens_on_loopback(
+    tandem_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called_from: list[IPv4Address | None] = []
+
+    def caller_address(context: object) -> IPv4Address | None:
+        called_from.append(guard.caller_address(context))
+        return IPv4Address("198.51.100.9")
+
+    monkeypatch.setattr(service, "caller_address", caller_address)
+
+    async def work() -> None:
+        node = Daemon(tandem_home, "Studio", host="127.0.0.1", advertise=False)
+        await node.start()
+        client = NodeClient(node.address)
+        try:
+            found = await client.diagnose(Wanted((node.address, "localhost:22")))
+        finally:
+            await client.close()
+            await node.stop()
+        assert [(item.address, item.outcome) for item in found.reached] == [
+            (node.address, "untried"),
+            ("localhost:22", "untried"),
+        ]
+        assert "127.0.0.1 is on no network" in found.reached[0].reason
+
+    asyncio.run(work())
+    assert called_from == [IPv4Address("127.0.0.1")]
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:10.0.0.1:50000", "10.0.0.1"),
+        ("ipv6:%5B::ffff:10.0.0.1%5D:50000", "10.0.0.1"),
+        ("ipv6:[::ffff:127.0.0.1]:50000", "127.0.0.1"),
+        ("ipv6:%5Bfe80::1%25en0%5D:50000", None),
+        ("unix:/tmp/socket", None),
+        ("", None),
+    ],
+)
+def test_where_a_call_came_from(peer: str, address: str | None) -> None:
+    class Context:
+        def peer(self) -> str:
+            return peer
+
+    assert guard.caller_address(Context()) == (IPv4Address(address) if address else None)
 
 
 class OfAnotherProtocol(node_pb2_grpc.NodeServicer):

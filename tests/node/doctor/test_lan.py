@@ -6,13 +6,16 @@ import asyncio
 import errno
 import secrets
 import socket
+from ipaddress import IPv4Address
 
 import pytest
 
 from node.advert import Advert
 from node.doctor import lan
 from node.doctor.finding import Reached
-from node.doctor.lan import Heard, listen, outcome_of, reach
+from node.doctor.lan import Heard, listen, outcome_of, permitted, reach
+from node.info import Interface
+from node.links import Address
 from tests.fixtures.told import told
 
 
@@ -47,6 +50,29 @@ def test_bonjour_that_is_off_or_fails_is_said(monkeypatch: pytest.MonkeyPatch) -
     failing = asyncio.run(listen("id-me"))
     assert (failing.self_heard, failing.off) == (None, False)
     assert failing.trouble
+
+
+def test_who_asks_from_elsewhere_has_only_our_own_networks_tried() -> None:
+    served = (Interface("en0", "ethernet", "10.0.0.5"), Interface("lo0", "loopback", "127.0.0.1"))
+    system = (Address("lo0", "127.0.0.1", 8), Address("en0", "10.0.0.5", 24), Address("bridge100", "192.168.64.1", 24))
+
+    def tried(caller: str | None, *addresses: str) -> list[str]:
+        from_where = IPv4Address(caller) if caller else None
+        allowed, refused = permitted(addresses, from_where, served, lambda: system)
+        assert sorted([*allowed, *(item.address for item in refused)]) == sorted(addresses)
+        assert all(item.outcome == "untried" and item.reason for item in refused)
+        return list(allowed)
+
+    near = ["10.0.0.5:22", "10.0.0.77:21617"]
+    far = ["127.0.0.1:22", "127.8.8.8:22", "10.0.1.1:80", "192.168.64.2:22", "203.0.113.9:443", "0.0.0.0:22"]
+    names = ["router.local:80", "localhost:22", "[::1]:22", "010.0.0.5:22", "10.0.0.5", ""]
+    assert tried("10.0.0.9", *near, *far, *names) == near
+    assert tried(None, *near, *far, *names) == near
+    assert tried("172.16.0.3", "172.16.0.3:21617", "172.16.0.4:21617") == ["172.16.0.3:21617"], "the caller itself"
+    for here in ("127.0.0.1", "10.0.0.5", "192.168.64.1"):
+        assert tried(here, *near, *far, *names) == near + far, "a program of this machine could do so by itself"
+    _, (refused,) = permitted(["10.0.1.1:80"], IPv4Address("10.0.0.9"), served, lambda: system)
+    assert refused == Reached("10.0.1.1:80", "untried", "10.0.1.1 is on no network of its machine")
 
 
 def test_what_comes_of_a_connection() -> None:
