@@ -44,6 +44,8 @@ def check_options(config: TrainConfig, *, resume: bool) -> None:
         for option, given in (("--early-stop", config.early_stop), ("--sample-prompt", config.sample_prompt)):
             if given:
                 raise UserError(f"{option} needs validations; --val-batches 0 turns them off")
+    if config.reuse_prefix == "on" and config.neftune_alpha:
+        raise UserError("--reuse-prefix on: with --neftune-alpha no row is twice the same; leave one of them out")
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--report-to {name}: not installed; {sys.executable} -m pip install {name}")

@@ -80,6 +80,9 @@ class TrainConfig:
     max_grad_norm: float = option(0.0, "Clip the global gradient norm to this; 0 is off.", minimum=0)
     neftune_alpha: float = option(0.0, "Noise on the embeddings while training (NEFTune); 0 is off.", minimum=0)
     grad_checkpoint: bool = option(False, "Recompute activations to save memory.")
+    reuse_prefix: str = option(
+        "auto", "Keep what the frozen layers make of a row, for its next epoch.", choices=("auto", "on", "off")
+    )
     clear_cache_threshold: Any = option(0, "Clear MLX's cache between steps above this size, as 2GB; 0 never.")
     seed: int = option(0, "Of adapter weights, data order and dropout.", minimum=0, below=1 << 32)
 

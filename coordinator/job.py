@@ -381,7 +381,14 @@ class _Job:
         # Loading a tokenizer takes seconds; a resumed run with cached tokens and no samples needs none.
         prompter = Prompter(model.path, trust_remote_code=config.trust_remote_code) if config.sample_prompt else None
         beginning, given = self._beginning(resumed)
-        spec = job_spec(beginning, model.path, self.run_id, self.work_folder, self.cache_threshold)
+        spec = job_spec(
+            beginning,
+            model.path,
+            self.run_id,
+            self.work_folder,
+            self.cache_threshold,
+            rows_return=self.program.total_iters > self.batches.per_epoch,
+        )
         work = Work(
             folder=self.work_folder,
             program=self.program,

@@ -19,7 +19,7 @@ MAY_CHANGE = frozenset(
         "early_stop", "sample_prompt", "sample_tokens", "test", "test_batches", "report_to", "project_name",
         "fuse", "save_path", "dequantize", "export_gguf", "gguf_path", "gguf_type", "export_peft", "upload_repo",
         "hf_path", "nodes", "local", "min_nodes", "force_all", "reduce", "ring_encryption", "wait", "force",
-        "clear_cache_threshold", "trust_remote_code", "adapter_path",
+        "clear_cache_threshold", "reuse_prefix", "trust_remote_code", "adapter_path",
     }
 )  # fmt: skip
 

@@ -15,8 +15,19 @@ MOST_REPLAYED_STEPS = 10
 MOST_REPLAYED_STEPS_FULL = 100
 
 
-def job_spec(config: TrainConfig, model: Path, run: str, folder: Path, cache_threshold: int) -> JobSpec:
-    """What the worker must know. ``config`` has its warm-up resolved."""
+def job_spec(
+    config: TrainConfig, model: Path, run: str, folder: Path, cache_threshold: int, *, rows_return: bool = False
+) -> JobSpec:
+    """What the worker must know. ``config`` has its warm-up resolved.
+
+    Args:
+        config: of the run.
+        model: folder of the model.
+        run: its id.
+        folder: the worker's.
+        cache_threshold: bytes.
+        rows_return: whether the run trains on rows more than once.
+    """
     kind: FineTuneType = config.fine_tune_type  # type: ignore[assignment]
     return JobSpec(
         job=run,
@@ -45,7 +56,15 @@ def job_spec(config: TrainConfig, model: Path, run: str, folder: Path, cache_thr
         ),
         copy_every=MOST_REPLAYED_STEPS_FULL if kind == "full" else MOST_REPLAYED_STEPS // 2,
         clear_cache_threshold=cache_threshold,
+        reuse_prefix=_reuses_prefix(config, rows_return=rows_return),
     )
+
+
+def _reuses_prefix(config: TrainConfig, *, rows_return: bool) -> bool:
+    """Whether outputs of the frozen layers are kept: useless for rows met once, and with noise never the same."""
+    if config.reuse_prefix == "auto":
+        return rows_return and config.neftune_alpha == 0
+    return config.reuse_prefix == "on"
 
 
 def schedule(config: TrainConfig) -> dict[str, Any] | None:

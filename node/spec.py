@@ -108,6 +108,7 @@ class JobSpec:
         tuning, optimizer: None when the job only evaluates, generates or fuses.
         copy_every: steps between copies of the trainable state to disk; each is whole before the next begins.
         clear_cache_threshold: bytes of MLX's cache above which it is cleared between steps; 0 leaves it alone.
+        reuse_prefix: whether rows are met again, so that what the frozen blocks make of them is worth keeping.
     """
 
     job: str
@@ -118,6 +119,7 @@ class JobSpec:
     optimizer: OptimizerSpec | None = None
     copy_every: int = 10
     clear_cache_threshold: int = 0
+    reuse_prefix: bool = False
 
 
 @dataclass(frozen=True)

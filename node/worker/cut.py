@@ -8,7 +8,7 @@ MLX computes nothing that is not asked for: what the other part would have done 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -27,11 +27,21 @@ class _StandIn:
 
 
 class _Recorder(_StandIn):
-    """Notes what the module gives."""
+    """Notes what the module gives; with ``last`` nothing follows it."""
+
+    def __init__(self, module: nn.Module, *, last: bool = False) -> None:
+        super().__init__(module)
+        self.last = last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.output = self.module(*args, **kwargs)
+        if self.last:
+            raise _Reached
         return self.output
+
+
+class _Reached(Exception):
+    """The module at the cut has given its output: the way out of the model's code."""
 
 
 class _Given(_StandIn):
@@ -46,45 +56,104 @@ class Cut:
 
     Args:
         model: called with (rows, length) int32 token ids.
-        path: names from the model down to the module.
-
-    Raises:
-        KeyError: there is no module of this name.
+        parent: the module or list that holds the module.
+        name: of the module in it.
+        before: further places in ``parent`` that need not run after the cut, such as the blocks before one.
     """
 
-    def __init__(self, model: nn.Module, path: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, parent: Any, name: Any, before: Sequence[Any] = ()) -> None:
         self._model = model
-        *parents, self._name = path
-        parent: Any = model
-        for name in parents:
-            parent = parent[name]
         self._parent = parent
-        if not isinstance(parent[self._name], nn.Module):
+        self._name = name
+        self._before = before
+
+    @classmethod
+    def at(cls, model: nn.Module, path: Sequence[str]) -> Cut:
+        """A cut where a module ends that lies on a path of names.
+
+        Raises:
+            KeyError: there is no module of this name.
+        """
+        *parents, name = path
+        parent: Any = model
+        for step in parents:
+            parent = parent[step]
+        if not isinstance(parent[name], nn.Module):
             raise KeyError(f"{'.'.join(path)} is no module")
+        return cls(model, parent, name)
+
+    @classmethod
+    def at_block(cls, model: nn.Module, index: int) -> Cut:
+        """A cut where one of the model's blocks ends, counted from 0.
+
+        Raises:
+            KeyError: the model holds its blocks in no list.
+        """
+        block = model.layers[index]  # which may be a part of the list, made for whoever asks
+        for _, module in model.named_modules():
+            for held in module.values():
+                for place, item in enumerate(held if isinstance(held, list) else ()):
+                    if item is block:
+                        return cls(model, held, place, range(place))
+        raise KeyError(f"block {index} is in no list")
 
     def both(self, inputs: mx.array) -> tuple[Any, Any]:
         """What the module and what the whole model give for (rows, length) token ids."""
         recorder = _Recorder(self._parent[self._name])
-        with self._in_place(recorder):
+        with self._in_place({self._name: recorder}):
             whole = self._model(inputs)
         return recorder.output, whole
 
     def before(self, inputs: mx.array) -> mx.array:
         """What the module gives for (rows, length) token ids."""
-        return self.both(inputs)[0]
+        recorder = _Recorder(self._parent[self._name], last=True)
+        with self._in_place({self._name: recorder}), contextlib.suppress(_Reached):
+            self._model(inputs)
+        return recorder.output
 
     def after(self, output: mx.array) -> mx.array:
         """What the model makes of the module's ``output``, (rows, length, features)."""
-        given = _Given(self._parent[self._name])
-        given.output = output
-        with self._in_place(given):
+        with self.given(output):
             return self._model(mx.zeros(output.shape[:2], mx.int32))
 
     @contextlib.contextmanager
-    def _in_place(self, stand_in: _StandIn) -> Iterator[None]:
-        # As an item: as an attribute, what is no module would leave the tree of parameters.
-        self._parent[self._name] = stand_in
+    def given(self, output: mx.array) -> Iterator[None]:
+        """Have the module give ``output``, whatever the model is called with: only its shape must fit."""
+        stand_ins: dict[Any, _StandIn] = {}
+        for name in (*self._before, self._name):
+            stand_ins[name] = _Given(self._parent[name])
+            stand_ins[name].output = output
+        with self._in_place(stand_ins):
+            yield
+
+    @contextlib.contextmanager
+    def _in_place(self, stand_ins: dict[Any, _StandIn]) -> Iterator[None]:
+        # As items: as attributes, what is no module would leave the tree of parameters.
+        for name, stand_in in stand_ins.items():
+            self._parent[name] = stand_in
         try:
             yield
         finally:
-            self._parent[self._name] = stand_in.module
+            for name, stand_in in stand_ins.items():
+                self._parent[name] = stand_in.module
+
+    def holds(self, tokens: mx.array) -> bool:
+        """Whether both parts together are the model, for (1, length) token ids, up to rounding."""
+        output, whole = self.both(tokens)
+        if not isinstance(output, mx.array) or output.ndim != 3:
+            return False
+        return close(self.after(output), whole)
+
+
+# What rounding may do where the same product is computed for another number of rows.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+
+
+def close(one: mx.array, other: mx.array) -> bool:
+    """Whether two arrays are the same up to rounding; never where one of them is not finite."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    tolerance = TOLERANCE if one.dtype == mx.float32 else HALF_TOLERANCE
+    most = mx.abs(other.astype(mx.float32)).max()
+    difference = mx.abs(one.astype(mx.float32) - other.astype(mx.float32)).max()
+    return bool((difference <= tolerance * most).item())

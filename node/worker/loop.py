@@ -184,6 +184,7 @@ class Worker:
                 context,
                 emit=self._inbox.send,
                 clear_cache_threshold=job.clear_cache_threshold,
+                prefix_folder=Path(job.folder) if job.reuse_prefix else None,
             )
             self._copier = Copier(Path(job.folder), self._inbox.send)
         self._model = model

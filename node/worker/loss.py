@@ -19,14 +19,12 @@ from mlx.utils import tree_flatten
 
 from node.logits import rows_at_once
 from node.spec import Rows
-from node.worker.cut import Cut
+from node.worker.cut import Cut, close
 
 # Where the models of mlx-lm keep all that comes before the head.
 BODIES = (("model",), ("transformer",), ("backbone",), ("language_model", "model"))
 # Counts of targets are rounded up, by an eighth at most above 128, so that a run has few shapes.
 FINEST_COUNT = 16
-# What rounding may do where the same product is computed for other numbers of rows.
-TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def _find_head(model: nn.Module) -> _Head | None:
     tokens = mx.arange(1, 9, dtype=mx.int32)[None]
     for path in BODIES:
         try:
-            cut = Cut(model, path)
+            cut = Cut.at(model, path)
         except KeyError:
             continue
         hidden, logits = cut.both(tokens)
@@ -211,13 +209,6 @@ def _find_head(model: nn.Module) -> _Head | None:
             continue
         # Of some positions in another order: nothing that the head does may depend on where a position stands.
         chosen = mx.array([6, 1, 4])
-        here, there = cut.after(hidden[:, chosen]), logits[:, chosen]
-        if here.shape == there.shape and here.dtype == there.dtype and _close(here, there):
+        if close(cut.after(hidden[:, chosen]), logits[:, chosen]):
             return _Head(cut, rows_at_once(logits.shape[-1], gpu=mx.default_device().type == mx.gpu))
     return None
-
-
-def _close(one: mx.array, other: mx.array) -> bool:
-    tolerance = TOLERANCE if one.dtype == mx.float32 else HALF_TOLERANCE
-    most = mx.abs(other.astype(mx.float32)).max()
-    return bool((mx.abs(one.astype(mx.float32) - other.astype(mx.float32)).max() <= tolerance * most).item())

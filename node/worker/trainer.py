@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from node.events import ComputeStarted, Event, ReduceEntered, StepDone
 from node.spec import OptimizerSpec, Rows, Share
 from node.worker.loss import Batch, TokenLoss, pad
 from node.worker.optimizer import Optimizer, learning_rates
+from node.worker.prefix import Prefix
 from node.worker.randomness import RowContext, row_keys
 
 Arrays = dict[str, mx.array]
@@ -65,11 +67,13 @@ class Trainer:
         emit: takes the phase events.
         reduce: adds up the ranks; see ``Reduction``.
         clear_cache_threshold: bytes of cached memory above which the cache is cleared after a step; 0 never.
+        prefix_folder: where outputs of the frozen blocks are kept for the next epoch; None keeps none.
 
     Attributes:
         reduce: may be replaced between two steps, as when the ranks change.
         step: the last one applied.
         loss: of the model's rows.
+        prefix: the model's frozen blocks, or None.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Trainer:
         emit: Callable[[Event], None],
         reduce: Reduction = alone,
         clear_cache_threshold: int = 0,
+        prefix_folder: Path | None = None,
     ) -> None:
         self._model = model
         self._spec = spec
@@ -92,6 +97,7 @@ class Trainer:
         self._clear_cache_threshold = clear_cache_threshold
         self._rate_at = learning_rates(spec)
         self.loss = TokenLoss(model)
+        self.prefix = Prefix.find(model, prefix_folder)
         self._parameters: dict[str, Any] = model.trainable_parameters()
         self._optimizer = Optimizer(spec, self._parameters)
         # On the CPU, compiling starts a C++ compiler for each shape and gains next to nothing.
@@ -152,16 +158,16 @@ class Trainer:
     def time(self, share: Share) -> float:
         """Seconds to compute a share's gradient; nothing is applied, nothing is kept."""
         started = time.perf_counter()
-        self._accumulate(share)
+        self._accumulate(share, keep=False)
         return time.perf_counter() - started
 
-    def _accumulate(self, share: Share) -> tuple[Arrays, mx.array, int]:
+    def _accumulate(self, share: Share, *, keep: bool = True) -> tuple[Arrays, mx.array, int]:
         """Sums of gradients (fp32 where there is more than one part), losses and target tokens of a share."""
         loss = mx.array(0.0)
         gradients: Any = None
         self._model.train()
         for rows in share.micro_batches:
-            part_loss, part = self._micro_batch(share.step, rows)
+            part_loss, part = self._micro_batch(share.step, rows, keep=keep)
             loss = loss + part_loss
             if len(share.micro_batches) > 1:
                 part = tree_map(lambda g: g.astype(mx.float32), part)
@@ -176,24 +182,28 @@ class Trainer:
         named = dict(sorted(tree_flatten(gradients), key=lambda item: item[0]))
         return named, loss, sum(rows.target_tokens for rows in share.micro_batches)
 
-    def _micro_batch(self, step: int, rows: Rows) -> tuple[mx.array, Any]:
+    def _micro_batch(self, step: int, rows: Rows, *, keep: bool) -> tuple[mx.array, Any]:
         batch = pad(rows)
         keys = mx.array(row_keys(self._seed, step, rows.ids))
+        arrays = [batch.inputs, batch.lengths, batch.positions, batch.targets, batch.weights, keys]
         try:
-            result: tuple[mx.array, Any] = self._gradient(
-                self._parameters, batch.inputs, batch.lengths, batch.positions, batch.targets, batch.weights, keys
-            )
+            if self.prefix is not None:
+                self._context.keys, self._context.lengths = keys, batch.lengths
+                arrays.append(self.prefix.outputs(rows, batch.inputs, keep=keep))
+            result: tuple[mx.array, Any] = self._gradient(self._parameters, *arrays)
         finally:
             # Not before: with checkpointing the backward pass runs layers again, and they must draw the same noise.
             self._context.keys = self._context.lengths = None
         return result
 
     def _loss(self, parameters: Any, *arrays: mx.array) -> mx.array:
-        *batch, keys = arrays
+        batch, (keys, *below) = Batch(*arrays[:5]), arrays[5:]
         self._model.update(parameters)
-        found = Batch(*batch)
-        self._context.keys, self._context.lengths = keys, found.lengths
-        return self.loss(found)
+        self._context.keys, self._context.lengths = keys, batch.lengths
+        if self.prefix is None:
+            return self.loss(batch)
+        with self.prefix.cut.given(below[0]):
+            return self.loss(batch)
 
     def _apply(self, gradients: Arrays, tokens: int, learning_rate: float) -> float:
         """Divide by the global token count, clip, update; one synchronisation with the device.

@@ -153,11 +153,13 @@ class JobSpec(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     COPY_EVERY_FIELD_NUMBER: _builtins.int
     CLEAR_CACHE_THRESHOLD_FIELD_NUMBER: _builtins.int
+    REUSE_PREFIX_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     folder: _builtins.str
     seed: _builtins.int
     copy_every: _builtins.int
     clear_cache_threshold: _builtins.int
+    reuse_prefix: _builtins.bool
     @_builtins.property
     def model(self) -> Global___ModelSpec: ...
     @_builtins.property
@@ -179,10 +181,11 @@ class JobSpec(_message.Message):
         optimizer: Global___OptimizerSpec | None = ...,
         copy_every: _builtins.int = ...,
         clear_cache_threshold: _builtins.int = ...,
+        reuse_prefix: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "optimizer", b"optimizer", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clear_cache_threshold", b"clear_cache_threshold", "copy_every", b"copy_every", "folder", b"folder", "job", b"job", "model", b"model", "optimizer", b"optimizer", "seed", b"seed", "tuning", b"tuning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clear_cache_threshold", b"clear_cache_threshold", "copy_every", b"copy_every", "folder", b"folder", "job", b"job", "model", b"model", "optimizer", b"optimizer", "reuse_prefix", b"reuse_prefix", "seed", b"seed", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
