@@ -76,7 +76,7 @@ class Books:
         last = max((entry["step"] for entry in read_json_lines(self._folder.metrics) if "loss" in entry), default=0)
         self.history = self._folder.truncate_metrics(step, recovered)
         write_text_atomically(self._folder.config, write_yaml(self._portable()))
-        self._open()
+        self._open(resumed=time.time())
         again = max(0, last - step)
         if again:
             line = f"{again} steps after the checkpoint of step {step} are computed again"
@@ -94,7 +94,7 @@ class Books:
         figures = last_figures(self._folder.metrics)
         self._register(status=status, message=said, ended=time.time(), **dataclasses.asdict(figures))
 
-    def _open(self) -> None:
+    def _open(self, **facts: Any) -> None:
         self.opened = True
         content = json.dumps(adapter_config(self._config), indent=4) + "\n"
         write_text_atomically(self._folder.path / "adapter_config.json", content)
@@ -113,6 +113,7 @@ class Books:
             total_steps=steps,
             message=None,
             ended=None,
+            **facts,
         )
 
     def _after_archiving(self, config: TrainConfig, archived: Path | None) -> TrainConfig:

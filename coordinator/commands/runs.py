@@ -20,7 +20,7 @@ A RUN below is an id, the beginning of one, a folder, or `last`.
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 @click.pass_context
 def runs(context: click.Context, as_json: bool) -> None:
-    """List runs, the newest first."""
+    """List runs, first the one that was begun or resumed last."""
     if context.invoked_subcommand is not None:
         if as_json:
             raise UserError(f"--json stands behind the command: coordinator runs {context.invoked_subcommand} --json")

@@ -26,7 +26,7 @@ class Index:
     """All runs that are known.
 
     Attributes:
-        entries: the oldest first.
+        entries: by their ids.
         broken: files that hold no entry.
     """
 
@@ -66,7 +66,7 @@ def read_all() -> Index:
             entries.append(entry)
         elif path.exists():  # another command may be removing it
             broken.append(path)
-    return Index(tuple(sorted(entries, key=_age)), tuple(broken))
+    return Index(tuple(entries), tuple(broken))
 
 
 def forget(run: str) -> None:
@@ -103,11 +103,6 @@ def _name(run: str, suffix: str) -> str:
     if not _ID.fullmatch(run):
         raise UserError(f"{run[:60]!r} is no id of a run; coordinator runs lists them")
     return f"{run}{suffix}"
-
-
-def _age(entry: dict[str, Any]) -> tuple[float, str]:
-    began = entry.get("began")
-    return (began if isinstance(began, int | float) else 0.0, entry["run"])
 
 
 def _entry(path: Path) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ class Known:
         figures: its last ones.
         total_steps: planned, or None.
         began, ended: seconds since 1970, or None.
+        since: when the last process that trained it, or is at work on it now, began with that; or None.
         message: why it ended before its end, or "".
         holder: the process that is at work on it, or None.
         log: what it said, when it had no terminal, or None.
@@ -61,6 +62,7 @@ class Known:
     total_steps: int | None
     began: float | None
     ended: float | None
+    since: float | None
     message: str
     holder: Presence | None
     log: Path | None
@@ -73,12 +75,12 @@ class Known:
 
 
 def known_runs() -> tuple[list[Known], tuple[Path, ...]]:
-    """All runs, the oldest first, and the files of the index that cannot be read."""
+    """All runs, and the files of the index that cannot be read; last the run that was begun or resumed last."""
     found = index.read_all()
     working = {holder.run: holder for holder in presence.find_all()}
     runs = [_known(entry, working.pop(entry["run"], None)) for entry in found.entries]
     runs += [_known({"run": holder.run}, holder) for holder in working.values()]  # they prepare, or cannot write it
-    return runs, found.broken
+    return sorted(runs, key=lambda run: (run.since or 0.0, run.run)), found.broken
 
 
 def resolve(wanted: str) -> Known:
@@ -140,6 +142,7 @@ def _known(entry: dict[str, Any], holder: Presence | None, *, indexed: bool = Tr
     if place is not None and (figures.steps is None or holder is not None or entry.get("status") not in ENDED):
         figures = last_figures(RunFolder(place).metrics)
     log = index.log_path(run)
+    began = finite(entry.get("began")) or (holder.since if holder is not None else _began(place))
     return Known(
         run=run,
         folder=folder,
@@ -150,8 +153,9 @@ def _known(entry: dict[str, Any], holder: Presence | None, *, indexed: bool = Tr
         state=_state(entry, holder, place),
         figures=figures,
         total_steps=_whole(entry.get("total_steps")),
-        began=finite(entry.get("began")) or (holder.since if holder is not None else _began(place)),
+        began=began,
         ended=finite(entry.get("ended")) if holder is None else None,
+        since=holder.since if holder is not None else finite(entry.get("resumed")) or began,
         message=str(entry.get("message") or "") if holder is None else "",
         holder=holder,
         log=log if log.exists() else None,

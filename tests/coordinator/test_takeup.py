@@ -20,6 +20,8 @@ from coordinator.checkpoint import Checkpoint, Checkpoints, Progress
 from coordinator.config import TrainConfig
 from coordinator.program import Action, Program
 from coordinator.runfolder import RunFolder, read_json_lines
+from coordinator.running import index
+from coordinator.running.known import resolve
 from coordinator.stream import Broadcast, Noted
 from coordinator.takeup import Entry, History, TakenUp, take_up, told_by
 from node import wire
@@ -259,7 +261,10 @@ def test_the_books_hold_every_step_once(found: Found) -> None:
     assert taken is not None
     config = TrainConfig(model="m", iters=39)
     books = Books(config, found.folder, RUN, Broadcast([found]))
+    index.record(RUN, folder=str(found.folder.path), began=1e9)
     assert books.take_up(taken.checkpoint.progress.step, taken.entries) == 0
+    assert resolve("last").began == 1e9
+    assert (resolve("last").since or 0.0) > 1e9, "it is told when the run was resumed"
     written = read_json_lines(found.folder.metrics)
     assert books.history == written
     assert [(entry["step"], "val_loss" in entry) for entry in written] == [

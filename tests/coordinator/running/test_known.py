@@ -12,7 +12,7 @@ from coordinator.running import index
 from coordinator.running.known import known_runs, resolve
 from coordinator.running.presence import present
 from coordinator.running.removal import remove
-from coordinator.view.runs import as_data, details, table
+from coordinator.view.runs import as_data, details, table, when
 from node.clikit import run_cli
 from node.errors import UserError
 from tests.coordinator.running.made import make_run
@@ -56,6 +56,24 @@ def test_a_run_at_work_and_one_that_prepares(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"run r1 is at work \(process \d+\); first coordinator stop r1"):
             remove(first, files=True)
     assert [run.state for run in known_runs()[0]] == ["broken_off"]
+
+
+def test_the_last_run_is_the_one_that_was_begun_or_resumed_last(tmp_path: Path) -> None:
+    for run, began in (("b", 1.0e9), ("a", 1.2e9), ("c", 1.4e9)):
+        make_run(run, tmp_path / run, [3.0])
+        index.record(run, began=began)
+    assert [run.run for run in known_runs()[0]] == ["b", "a", "c"]
+    index.record("b", resumed=1.3e9)
+    assert [run.run for run in known_runs()[0]] == ["a", "b", "c"]
+    assert f"  resumed  {when(1.3e9, 0.0)}" in details(resolve("b"), 0.0)
+    index.record("b", resumed=1.5e9)
+    assert resolve("last").run == "b"
+    assert not [line for line in details(resolve("c"), 0.0) if "resumed" in line]
+    for run in "bc":
+        index.record(run, began=1e9, resumed=None)
+    with present("b", tmp_path / "b", "tiny", signals=True):
+        assert resolve("last").run == "b", "it is about to be resumed"
+    assert resolve("last").run == "a"
 
 
 def test_files_that_were_moved_or_deleted_are_looked_for_and_said_so(tmp_path: Path) -> None:
