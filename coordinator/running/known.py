@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.runfolder import RunFolder
+from coordinator.runfolder import RunFolder, read_json_lines
 from coordinator.running import index, presence
 from coordinator.running.figures import Figures, last_figures
 from coordinator.running.presence import Presence
@@ -39,6 +40,7 @@ class Known:
         folder: that it wrote to, absolute.
         place: where its files are now, or None.
         missing: why they are nowhere, or "".
+        unreadable: whether they may be there, and cannot be looked at.
         model, data: as they were given, or "".
         state: one of ``STATES``.
         figures: its last ones.
@@ -55,6 +57,7 @@ class Known:
     folder: Path
     place: Path | None
     missing: str
+    unreadable: bool
     model: str
     data: str
     state: str
@@ -103,7 +106,10 @@ def resolve(wanted: str) -> Known:
     for path in broken:
         if path.stem == wanted:
             raise UserError(f"run {wanted}: {path} cannot be read; coordinator runs rm {wanted} removes it")
-    here = _of_folder(Path(wanted).expanduser().resolve(), runs)
+    try:
+        here = _of_folder(Path(wanted).expanduser().resolve(), runs)
+    except (OSError, RuntimeError, ValueError):  # a ring of links, somebody who has no home, a zero byte
+        here = None
     if here is not None:
         return here
     fitting = [run for run in runs if run.run.startswith(wanted)] if wanted else []
@@ -115,10 +121,13 @@ def resolve(wanted: str) -> Known:
 
 
 def find_place(run: str, folder: Path) -> Path | None:
-    """Where a run's files are: in its folder, or where a later run there moved them; None: nowhere."""
+    """Where a run's files are: in its folder, or where a later run there moved them; None: nowhere that can be read."""
     if RunFolder(folder).run_id() == run:
         return folder
-    moved = sorted((folder / "previous").glob(f"{run}*"))
+    try:
+        moved = sorted((folder / "previous").glob(f"{run}*"))
+    except OSError:
+        return None
     return next((path for path in moved if RunFolder(path).run_id() == run), None)
 
 
@@ -141,13 +150,15 @@ def _known(entry: dict[str, Any], holder: Presence | None, *, indexed: bool = Tr
     figures = _figures(entry)
     if place is not None and (figures.steps is None or holder is not None or entry.get("status") not in ENDED):
         figures = last_figures(RunFolder(place).metrics)
+    trouble = "" if place is not None else _trouble(folder)
     log = index.log_path(run)
     began = finite(entry.get("began")) or (holder.since if holder is not None else _began(place))
     return Known(
         run=run,
         folder=folder,
         place=place,
-        missing="" if place is not None else _why_missing(folder, entry),
+        missing="" if place is not None else _why_missing(folder, entry, trouble),
+        unreadable=bool(trouble),
         model=str(entry.get("model") or (holder.model if holder is not None else "")),
         data=str(entry.get("data") or ""),
         state=_state(entry, holder, place),
@@ -174,9 +185,11 @@ def _state(entry: dict[str, Any], holder: Presence | None, place: Path | None) -
 
 def _last_word(place: Path) -> str:
     """How a run ended by its own events."""
-    from coordinator.runfolder import read_json_lines
-
-    for event in reversed(read_json_lines(RunFolder(place).events)):
+    try:
+        events = read_json_lines(RunFolder(place).events)
+    except OSError:
+        return "unknown"
+    for event in reversed(events):
         if event.get("kind") == "finished":
             return str(event.get("status")) if event.get("status") in ENDED else "unknown"
         if event.get("kind") in ("started", "resumed"):
@@ -184,12 +197,26 @@ def _last_word(place: Path) -> str:
     return "unknown"
 
 
-def _why_missing(folder: Path, entry: dict[str, Any]) -> str:
+def _why_missing(folder: Path, entry: dict[str, Any], trouble: str) -> str:
     if entry.get("status") is None or entry.get("opened") is False:
         return "nothing was written yet"
+    if trouble:
+        return f"{folder} cannot be read: {trouble}"
     if not folder.exists():
         return f"{folder} was deleted or moved"
     return f"{folder} no longer holds its files"
+
+
+def _trouble(folder: Path) -> str:
+    """What the system says where it does not let us see whose files a folder holds; "" where they are not there."""
+    for path in (folder / "run.json", folder / "previous"):
+        try:
+            os.close(os.open(path, os.O_RDONLY))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            return error.strerror or type(error).__name__
+    return ""
 
 
 def _figures(entry: dict[str, Any]) -> Figures:

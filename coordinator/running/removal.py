@@ -26,11 +26,15 @@ def remove(run: Known, *, files: bool) -> None:
         files: whether what it wrote goes, too.
 
     Raises:
-        UserError: it is at work.
+        UserError: it is at work, or its files cannot be looked for.
         OSError: something cannot be removed.
     """
     if run.holder is not None:
         raise UserError(f"run {run.run} is at work (process {run.holder.pid}); first coordinator stop {run.run}")
+    if files and run.unreadable:
+        raise UserError(
+            f"run {run.run}: {run.missing}; see that you may read it, or leave --files out to forget the run only"
+        )
     if files and run.place is not None:
         folder = RunFolder(run.place)
         folder.lock()

@@ -73,13 +73,21 @@ def details(run: Known, now: float) -> list[str]:
         ("took", duration_text(run.ended - run.began) if run.began and run.ended else MISSING),
         ("folder", str(run.place or run.folder)),
         ("missing", run.missing),
-        ("files", ", ".join(name for name in FILES if run.place is not None and (run.place / name).exists())),
+        ("files", ", ".join(_files(run))),
         ("log", str(run.log or "")),
         ("go on", f"coordinator train --resume --adapter-path {shlex.quote(str(run.folder))}" if run.resumable else ""),
     ]
     shown = [(label, one_line(text)) for label, text in lines if text and text != MISSING]
     width = max(len(label) for label, _ in shown)
     return [f"run {run.run}", *(f"  {label:<{width}}  {text}" for label, text in shown)]
+
+
+def _files(run: Known) -> list[str]:
+    """Which of ``FILES`` there are."""
+    try:
+        return [name for name in FILES if run.place is not None and (run.place / name).exists()]
+    except OSError:  # the disk that they are on is gone meanwhile
+        return []
 
 
 def when(seconds: float | None, now: float) -> str:

@@ -92,6 +92,40 @@ def test_files_that_were_moved_or_deleted_are_looked_for_and_said_so(tmp_path: P
     assert (moved.run, moved.state, moved.indexed) == ("r2", "done", False)
 
 
+@pytest.mark.parametrize(("name", "trouble"), [("x" * 300, "File name too long"), ("ring", "Too many levels")])
+def test_a_folder_that_cannot_be_looked_at_is_told_of_its_run_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, trouble: str
+) -> None:
+    # As one that may not be entered, which for root there is not.
+    (tmp_path / "ring").symlink_to("ring")
+    folder = tmp_path / name / "adapters"
+    index.record("r1", folder=str(folder), model="tiny", data="data", status="done")
+    make_run("r2", tmp_path / "good", [3.0])
+    closed, good = sorted(known_runs()[0], key=lambda run: run.run)
+    assert (closed.place, closed.unreadable, good.place, good.unreadable) == (None, True, tmp_path / "good", False)
+    assert closed.missing.startswith(f"{folder} cannot be read: {trouble}")
+    assert coordinator("runs", "show", "r1") == 0
+    assert coordinator("runs", "show", "r2") == 0
+    assert coordinator("runs") == 0
+    assert [closed.missing in line for line in capsys.readouterr().out.splitlines()[-3:]] == [False, False, True]
+    assert coordinator("status") == 0
+    assert coordinator("watch", "r2") == 0
+    assert coordinator("watch", "r1") == 2
+    assert coordinator("stop", "r1") == 2
+    assert "is not at work: done" in capsys.readouterr().err
+    (tmp_path / "ring").unlink()
+    with present("r1", folder, "tiny", signals=False):
+        (tmp_path / "ring").symlink_to("ring")
+        assert [run.run for run in known_runs()[0] if run.holder is not None] == ["r1"]
+        assert coordinator("status") == 0
+        assert coordinator("stop", "r1") == 2
+    assert "belongs to a program of yours" in capsys.readouterr().err
+    assert coordinator("runs", "rm", "r1", "--files") == 2
+    assert f"run r1: {closed.missing}; see that you may read it, or leave --files out" in capsys.readouterr().err
+    assert coordinator("runs", "rm", "r1") == 0
+    assert [run.run for run in known_runs()[0]] == ["r2"]
+
+
 def test_which_run_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="there is no run yet"):
@@ -107,7 +141,8 @@ def test_which_run_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve("one/previous/20260101-aaaa").run == "20260101-aaaa"
     with pytest.raises(UserError, match="may be 20260101-aaaa, 20260102-bbbb, 20260103-cccc; write more of the id"):
         resolve("202601")
-    for nothing in ("three", "", "../one/../nowhere"):
+    (tmp_path / "ring").symlink_to("ring")
+    for nothing in ("three", "", "../one/../nowhere", "ring", "~nobody-of-this-name/adapters", "x" * 5000, "a\0b"):
         with pytest.raises(UserError, match="no such run, and no folder of one; coordinator runs lists them"):
             resolve(nothing)
     shutil.rmtree(tmp_path / "two")
