@@ -83,9 +83,9 @@ class Books:
             self._reader.handle(Noted("replay", line, details={"replayed_steps": again}))
         return again
 
-    def close(self, status: str, lines: Lines, commands: Lines) -> None:
+    def close(self, status: str, lines: Lines, commands: Lines, exit_code: int = 0) -> None:
         """Say that it is over, and write report and registry entry; neither is worth failing a finished run for."""
-        self._reader.handle(RunFinished(status, lines, commands))
+        self._reader.handle(RunFinished(status, lines, commands, exit_code))
         try:
             write_report(self._folder.report, self._folder.path, dict(lines), status=status, commands=commands)
         except OSError as error:

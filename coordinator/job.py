@@ -565,7 +565,8 @@ class _Job:
         if engine.saved_step:
             lines += (("saved", f"checkpoint of step {engine.saved_step} in {self.folder.path}"),)
             commands = next_commands(self.config, self.config.model, "failed", ())
-        self.books.close("failed", lines, commands)
+        exit_code = error.exit_code if isinstance(error, TandemError) else TandemError.exit_code
+        self.books.close("failed", lines, commands, exit_code)
 
     def _hold_copies(self) -> None:
         """Before the worker's copies go: the newest is held where it is newer than any checkpoint."""
@@ -583,13 +584,13 @@ class _Job:
         if not engine.saved_step:
             line = "stopped before the first step was saved"
             if self.books.opened:
-                self.books.close("interrupted", ((STOPPED, line),), ())
+                self.books.close("interrupted", ((STOPPED, line),), (), Interrupted.exit_code)
             return Interrupted(line)
         total, last = self.program.total_steps, engine.saved_step
         line = f"stopped at step {last} of {total}; everything is saved"
         if last != engine.progress.step:
             line = f"stopped at step {engine.progress.step} of {total}; the last checkpoint is of step {last}"
-        self.books.close("interrupted", ((STOPPED, line),), commands)
+        self.books.close("interrupted", ((STOPPED, line),), commands, Interrupted.exit_code)
         return Interrupted(line)
 
     @contextlib.contextmanager

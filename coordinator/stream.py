@@ -202,11 +202,13 @@ class RunFinished:
         status: ``done``, ``stopped_early``, ``interrupted`` or ``failed``.
         summary: labelled lines: where everything is.
         next_commands: what to type next, with a purpose each: (purpose, command).
+        exit_code: of the command that trains; None is unknown, as of a run of an older version.
     """
 
     status: str
     summary: tuple[tuple[str, str], ...]
     next_commands: tuple[tuple[str, str], ...]
+    exit_code: int | None = None
 
 
 RunEvent = RunStarted | FleetFormed | StepFinished | Validated | Sampled | Tested | Advanced | Noted | RunFinished

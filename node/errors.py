@@ -94,6 +94,17 @@ class Interrupted(TandemError):
     exit_code = 130
 
 
+def error_of(exit_code: int | None, message: str) -> TandemError:
+    """The error by which another process ended, told here once more.
+
+    Args:
+        exit_code: that it ended with, if that is known.
+        message: what it said.
+    """
+    kinds: tuple[type[TandemError], ...] = (UserError, TooFewNodes, Interrupted)
+    return next((kind for kind in kinds if kind.exit_code == exit_code), TandemError)(message)
+
+
 _MEMORY_WORDS = (
     "out of memory",
     "outofmemory",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from node.errors import Interrupted, TandemError, UserError
+from node.errors import Interrupted, TandemError, UserError, error_of
+
+if TYPE_CHECKING:
+    from coordinator.running.known import Known
 
 HELP = """Show a run that is at work elsewhere on this Mac, as `train` shows it, to its end.
 
@@ -23,7 +28,7 @@ def watch(run: str, quiet: bool, plain: bool, as_json: bool) -> None:
     import threading
 
     from coordinator.running.follow import follow
-    from coordinator.running.known import resolve
+    from coordinator.running.known import STATES, resolve
     from coordinator.stream import FAILED, STOPPED
     from coordinator.view import ViewMode, make_view
     from node.hardware import facts
@@ -31,7 +36,8 @@ def watch(run: str, quiet: bool, plain: bool, as_json: bool) -> None:
     mode: ViewMode = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
     found = resolve(run)
     if found.place is None and found.holder is None:
-        raise UserError(f"run {found.run} ({found.state.replace('_', ' ')}): {found.message or found.missing}")
+        line = f"run {found.run} ({STATES[found.state]}): {found.message or found.missing}"
+        raise UserError(line) if found.opened else _own_error(found, line)
     view = make_view(mode, facts().total_memory_bytes or 0)
     try:
         finished = follow(found, view, threading.Event().wait)
@@ -47,7 +53,7 @@ def watch(run: str, quiet: bool, plain: bool, as_json: bool) -> None:
     if finished.status == "interrupted":
         raise Interrupted(said or "the run was stopped")
     if finished.status == "failed":
-        raise TandemError(said or "the run failed; its events.jsonl says more")
+        raise error_of(finished.exit_code, said or "the run failed; its events.jsonl says more")
 
 
 def _ended_elsewhere(run: str) -> TandemError:
@@ -62,6 +68,13 @@ def _ended_elsewhere(run: str) -> TandemError:
     resume = f"coordinator train --resume --adapter-path {shlex.quote(str(now.folder))}" if now.resumable else ""
     hint = f"; to go on: {resume}" if resume else ""
     if now.message:
-        return (Interrupted if now.state == "interrupted" else TandemError)(f"run {run}: {now.message}{hint}")
+        return _own_error(now, f"run {run}: {now.message}{hint}")
     log = f"; its log is {now.log}" if now.log is not None else ""
     return TandemError(f"run {run} ended without a word, as by kill -9 or a power cut{log}{hint}")
+
+
+def _own_error(run: Known, line: str) -> TandemError:
+    """What a run ended by that could not say so in its folder."""
+    # Entries of older versions, and runs that `stop --now` ended, have no code.
+    stopped = Interrupted.exit_code if run.state == "interrupted" else None
+    return error_of(run.exit_code or stopped, line)

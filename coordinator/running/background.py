@@ -114,7 +114,7 @@ def _record(config: TrainConfig, run: str, line: str, error: TandemError) -> Non
     folder = str(Path(config.adapter_path).resolve())
     status = "interrupted" if isinstance(error, Interrupted) else "failed"
     facts = {"folder": folder, "model": config.model, "data": config.data, "opened": False}
-    index.record(run, status=status, message=line, ended=time.time(), **facts)
+    index.record(run, status=status, message=line, exit_code=error.exit_code, ended=time.time(), **facts)
 
 
 def _field(name: str, value: Any) -> Any:

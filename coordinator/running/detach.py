@@ -24,14 +24,11 @@ from coordinator.runfolder import RunFolder
 from coordinator.running import index
 from coordinator.running.control import STOP_SIGNAL
 from coordinator.running.presence import find
-from node.errors import Interrupted, TandemError, TooFewNodes, UserError
+from node.errors import Interrupted, TandemError, UserError, error_of
 from node.files import make_private_folder
 
 LOOK_SECONDS = 0.2
 ENDING_SECONDS = 60.0
-ERRORS: dict[int, type[TandemError]] = {
-    kind.exit_code: kind for kind in (TandemError, UserError, TooFewNodes, Interrupted)
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def detach(config: TrainConfig, *, resume: bool, say: Callable[[str], None]) -> 
         raise TandemError(f"the run ended before it trained; {log} says more")
     if not said_before:
         log.unlink(missing_ok=True)
-    raise ERRORS.get(answer["code"], TandemError)(answer["failed"])
+    raise error_of(answer["code"], answer["failed"])
 
 
 @contextlib.contextmanager

@@ -48,6 +48,8 @@ class Known:
         began, ended: seconds since 1970, or None.
         since: when the last process that trained it, or is at work on it now, began with that; or None.
         message: why it ended before its end, or "".
+        opened: whether it began to write to its folder.
+        exit_code: that it ended with, where it did not; None is unknown.
         holder: the process that is at work on it, or None.
         log: what it said, when it had no terminal, or None.
         indexed: whether it stands in the index.
@@ -67,6 +69,8 @@ class Known:
     ended: float | None
     since: float | None
     message: str
+    opened: bool
+    exit_code: int | None
     holder: Presence | None
     log: Path | None
     indexed: bool
@@ -150,6 +154,7 @@ def _known(entry: dict[str, Any], holder: Presence | None, *, indexed: bool = Tr
     figures = _figures(entry)
     if place is not None and (figures.steps is None or holder is not None or entry.get("status") not in ENDED):
         figures = last_figures(RunFolder(place).metrics)
+    opened = entry.get("status") is not None and entry.get("opened") is not False
     trouble = "" if place is not None else _trouble(folder)
     log = index.log_path(run)
     began = finite(entry.get("began")) or (holder.since if holder is not None else _began(place))
@@ -157,7 +162,7 @@ def _known(entry: dict[str, Any], holder: Presence | None, *, indexed: bool = Tr
         run=run,
         folder=folder,
         place=place,
-        missing="" if place is not None else _why_missing(folder, entry, trouble),
+        missing="" if place is not None else _why_missing(folder, opened=opened, trouble=trouble),
         unreadable=bool(trouble),
         model=str(entry.get("model") or (holder.model if holder is not None else "")),
         data=str(entry.get("data") or ""),
@@ -168,6 +173,8 @@ def _known(entry: dict[str, Any], holder: Presence | None, *, indexed: bool = Tr
         ended=finite(entry.get("ended")) if holder is None else None,
         since=holder.since if holder is not None else finite(entry.get("resumed")) or began,
         message=str(entry.get("message") or "") if holder is None else "",
+        opened=opened,
+        exit_code=_whole(entry.get("exit_code")) if holder is None else None,
         holder=holder,
         log=log if log.exists() else None,
         indexed=indexed,
@@ -197,8 +204,8 @@ def _last_word(place: Path) -> str:
     return "unknown"
 
 
-def _why_missing(folder: Path, entry: dict[str, Any], trouble: str) -> str:
-    if entry.get("status") is None or entry.get("opened") is False:
+def _why_missing(folder: Path, *, opened: bool, trouble: str) -> str:
+    if not opened:
         return "nothing was written yet"
     if trouble:
         return f"{folder} cannot be read: {trouble}"

@@ -65,7 +65,8 @@ def retold(entry: Mapping[str, Any]) -> RunEvent:
             return Tested(float("nan") if loss is None else loss, _whole(entry.get("tokens")) or 0)
         case "finished":
             status = str(entry.get("status", message))
-            return RunFinished(status, _pairs(entry.get("summary")), _pairs(entry.get("next_commands")))
+            summary, commands = _pairs(entry.get("summary")), _pairs(entry.get("next_commands"))
+            return RunFinished(status, summary, commands, _whole(entry.get("exit_code")))
         case "fleet":
             lines = entry.get("lines")
             words = tuple(str(line) for line in lines) if isinstance(lines, list) else (message,)

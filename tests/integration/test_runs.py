@@ -82,7 +82,8 @@ def test_a_detached_run_is_seen_watched_and_stopped(inputs: Path, tmp_path: Path
     code, errors = watching.wait()
     assert code == 130, "as the run itself"
     assert f"stopped at step {last} of {ENDLESS}" in errors
-    assert [event["status"] for event in watching.events if event["event"] == "finished"] == ["interrupted"]
+    (finished,) = (event for event in watching.events if event["event"] == "finished")
+    assert (finished["status"], finished["exit_code"]) == ("interrupted", 130)
     steps = [event["step"] for event in watching.events if event["event"] == "step"]
     assert steps == list(range(steps[0], last + 1)), "each step once"
     assert data("status", cwd=tmp_path)["runs"] == []

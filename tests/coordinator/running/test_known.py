@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.config import TrainConfig
 from coordinator.running import index
+from coordinator.running.background import _record
 from coordinator.running.known import known_runs, resolve
 from coordinator.running.presence import present
 from coordinator.running.removal import remove
+from coordinator.stream import FAILED, RunFinished
 from coordinator.view.runs import as_data, details, table, when
 from node.clikit import run_cli
-from node.errors import UserError
-from tests.coordinator.running.made import make_run
+from node.errors import Interrupted, TandemError, TooFewNodes, UserError
+from tests.coordinator.running.made import make_run, write
 
 
 def coordinator(*words: str | Path) -> int:
@@ -190,6 +193,26 @@ def test_a_damaged_entry_is_said_and_can_be_removed(tmp_path: Path, capsys: pyte
     assert coordinator("runs", "show", "r2") == 2
     assert coordinator("runs", "rm", "r2") == 0
     assert known_runs()[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (TandemError("no room"), "failed"),
+        (UserError("no room"), "failed"),
+        (TooFewNodes("no room"), "failed"),
+        (Interrupted("no room"), "stopped"),
+    ],
+)
+def test_watch_ends_as_the_run_did_also_where_that_wrote_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: TandemError, state: str
+) -> None:
+    _record(TrainConfig(model="tiny", adapter_path=str(tmp_path / "adapters")), "r1", str(error), error)
+    assert coordinator("watch", "r1") == error.exit_code
+    assert f"run r1 ({state}): no room\n" in capsys.readouterr().err
+    make_run("r2", tmp_path / "adapters", [3.0], status="failed")
+    write(tmp_path / "adapters", [RunFinished("failed", ((FAILED, "no room"),), (), error.exit_code)])
+    assert coordinator("watch", "r2") == error.exit_code, "and as one that failed later"
 
 
 def test_the_commands_refuse_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
