@@ -77,22 +77,20 @@ def compare(run: tuple[str, ...], as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(run: tuple[str, ...], files: bool, yes: bool) -> None:
     """Forget runs. Their files stay where they are, unless --files is said."""
-    from coordinator.running import index
+    from coordinator.running import removal
     from coordinator.running.known import Known, known_runs, resolve
-    from coordinator.running.removal import remove as forget
-    from coordinator.running.removal import written_files
 
     broken = {path.stem for path in known_runs()[1]}
     found: list[Known | str] = [one if one in broken else resolve(one) for one in run]
     for one in found:
         if isinstance(one, str):
-            index.forget(one)
+            removal.forget(one)
             click.echo(f"forgot {one}, whose entry could not be read")
             continue
-        written = written_files(one) if files else []
+        written = removal.written_files(one) if files else []
         if written and not yes:
             click.confirm(f"delete {', '.join(path.name for path in written)} in {one.place}?", abort=True, err=True)
-        forget(one, files=files)
+        removal.remove(one, files=files)
         if files:
             click.echo(f"removed {one.run}" + ("" if written else f"; there were no files ({one.missing})"))
         else:

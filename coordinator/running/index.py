@@ -70,12 +70,12 @@ def read_all() -> Index:
 
 
 def forget(run: str) -> None:
-    """Remove a run's entry and log; what it wrote in its folder stays.
+    """Remove the entry and log of a run that nobody is at work on (``presence.nobody``); its folder stays.
 
     Raises:
         OSError: they cannot be removed.
     """
-    for path in (entry_path(run), log_path(run), lock_path(run)):
+    for path in (entry_path(run), log_path(run)):
         path.unlink(missing_ok=True)
 
 

@@ -89,6 +89,25 @@ def find_all() -> list[Presence]:
     return sorted(found, key=lambda one: (one.since, one.run))
 
 
+@contextlib.contextmanager
+def nobody(run: str) -> Iterator[None]:
+    """Keep everybody from beginning to work on a run; a moment only, as no other run begins meanwhile.
+
+    Raises:
+        UserError: somebody is at work on it.
+        OSError: ``TANDEM_HOME`` cannot be written.
+    """
+    path = lock_path(run)
+    make_private_folder(path.parent)
+    with _changing():
+        if is_held(path):  # whatever stands in it
+            other = _holder(path)
+            who = f" (process {other.pid})" if other is not None else ""
+            raise UserError(f"run {run} is at work{who}; first coordinator stop {run}")
+        path.unlink(missing_ok=True)
+        yield
+
+
 def wait_for_end(run: str, seconds: float) -> bool:
     """Wait until nobody is at work on a run any more; whether that is so.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coordinator.home import holds
 from coordinator.runfolder import RunFolder
-from coordinator.running import index
+from coordinator.running import index, presence
 from coordinator.running.known import Known
 from node.errors import TandemError, UserError
 
@@ -22,15 +22,15 @@ def remove(run: Known, *, files: bool) -> None:
     """Forget a run.
 
     Args:
-        run: not at work.
+        run: as it was when it was looked at; somebody may have begun to work on it since.
         files: whether what it wrote goes, too.
 
     Raises:
-        UserError: it is at work, or its files cannot be looked for.
+        UserError: it is at work, or its files cannot be looked for, or are elsewhere by now.
         OSError: something cannot be removed.
     """
-    if run.holder is not None:
-        raise UserError(f"run {run.run} is at work (process {run.holder.pid}); first coordinator stop {run.run}")
+    with presence.nobody(run.run):
+        pass  # before anything is deleted
     if files and run.unreadable:
         raise UserError(
             f"run {run.run}: {run.missing}; see that you may read it, or leave --files out to forget the run only"
@@ -39,8 +39,10 @@ def remove(run: Known, *, files: bool) -> None:
         folder = RunFolder(run.place)
         folder.lock()
         try:
-            if folder.run_id() == run.run:
-                _delete(written_files(run))
+            # Who begins from now on meets the lock of the folder.
+            if folder.run_id() != run.run:
+                raise UserError(f"the files of run {run.run} have left {run.place}; coordinator runs rm --files again")
+            _delete(written_files(run))
         finally:
             folder.unlock()
         for left in (run.place, run.place.parent):
@@ -49,7 +51,18 @@ def remove(run: Known, *, files: bool) -> None:
                     left.rmdir()
     with contextlib.suppress(OSError, TandemError):
         holds().drop(run.run)
-    index.forget(run.run)
+    forget(run.run)
+
+
+def forget(run: str) -> None:
+    """Remove a run from the index, also one whose entry cannot be read.
+
+    Raises:
+        UserError: it is at work.
+        OSError: it cannot be removed.
+    """
+    with presence.nobody(run):
+        index.forget(run)
 
 
 def _delete(paths: list[Path]) -> None:

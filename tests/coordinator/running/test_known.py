@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from coordinator.config import TrainConfig
 from coordinator.running import index
 from coordinator.running.background import _record
 from coordinator.running.known import known_runs, resolve
-from coordinator.running.presence import present
+from coordinator.running.presence import find, present
 from coordinator.running.removal import remove
 from coordinator.stream import FAILED, RunFinished
 from coordinator.view.runs import as_data, details, table, when
@@ -181,6 +182,43 @@ def test_rm_asks_before_it_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert coordinator("runs", "rm", "r1", "--files") == 130
     assert (folder / "adapters.safetensors").exists()
     assert [run.run for run in known_runs()[0]] == ["r1"]
+
+
+def test_rm_leaves_a_run_alone_that_began_to_work_while_it_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [3.0])
+    with contextlib.ExitStack() as stack:
+
+        def answer(_: str = "") -> str:
+            stack.enter_context(present("r1", folder, "tiny", signals=True))
+            return "y"
+
+        monkeypatch.setattr("click.termui.visible_prompt_func", answer)
+        assert coordinator("runs", "rm", "r1", "--files") == 2
+        assert "run r1 is at work (process" in capsys.readouterr().err
+        assert (folder / "adapters.safetensors").exists()
+        holder = find("r1")
+        assert holder is not None
+        index.entry_path("r1").write_text("{")
+        assert coordinator("runs", "rm", "r1") == 2, "nor is it forgotten by an entry that is damaged"
+        assert find("r1") == holder
+    assert coordinator("runs", "rm", "r1") == 0
+
+
+def test_rm_deletes_nothing_of_a_run_that_took_the_folder_while_it_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [3.0])
+
+    def answer(_: str = "") -> str:
+        make_run("r2", folder, [2.0])
+        return "y"
+
+    monkeypatch.setattr("click.termui.visible_prompt_func", answer)
+    assert coordinator("runs", "rm", "r1", "--files") == 2
+    assert f"the files of run r1 have left {folder}" in capsys.readouterr().err
+    assert [run.place for run in known_runs()[0]] == [folder / "previous" / "r1", folder]
 
 
 def test_a_damaged_entry_is_said_and_can_be_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
