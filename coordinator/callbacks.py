@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from coordinator.stream import RunEvent, RunStarted, StepFinished, Validated
+from coordinator.stream import MISSED, Noted, RunEvent, RunStarted, StepFinished, Validated
 
 
 class StopTraining(Exception):
@@ -20,11 +21,14 @@ class Callbacks:
     one may be some steps further by then. ``StopTraining`` raised in one stops the run. Any other exception stops it,
     too, and is raised from ``train`` or ``Training.result``. Either way the state is saved.
 
+    Of the events, at least the last 10,000 are kept. Whoever is further behind misses some: a ``RuntimeWarning`` says
+    how many, and ``on_event`` takes a ``Noted`` of the kind ``missed`` in their place.
+
     Attributes:
         on_start: takes the run's beginning.
         on_step: takes each optimizer step.
         on_validation: takes each validation.
-        on_event: takes every event, these three among them.
+        on_event: takes every event that it is not too late for, these three among them.
     """
 
     on_start: Callable[[RunStarted], object] | None = None
@@ -66,6 +70,8 @@ def call_back(events: Iterable[RunEvent], callbacks: Iterable[Callbacks], stop: 
     """
     callbacks = tuple(callbacks)
     for event in events:
+        if isinstance(event, Noted) and event.kind == MISSED:
+            warnings.warn(f"callbacks: {event.message}", RuntimeWarning, stacklevel=2)
         for one in callbacks:
             try:
                 one.handle(event)

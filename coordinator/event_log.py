@@ -7,16 +7,19 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from coordinator.stream import RunEvent
+from coordinator.stream import MISSED, Noted, RunEvent
 
 KEPT_EVENTS = 10_000
-"""At least so many of the last ones; who reads more slowly than that misses some."""
+"""At least so many of the last ones; who reads more slowly than that misses some, and is told how many."""
 LOOK_SECONDS = 5.0
 """Who waits looks by itself so often, too."""
 
 
 class EventLog:
-    """A reader of a run (see ``stream.Reader``) that others read from: each of them everything, from the beginning."""
+    """A reader of a run (see ``stream.Reader``) that others read from: each of them everything, from the beginning.
+
+    Where some are no longer kept, a reader gets a ``Noted`` of the kind ``MISSED`` in their place, with their number.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -53,10 +56,19 @@ class EventLog:
             events = self._events[max(position - self._first, 0) :]
             return events, self._first + len(self._events), self._ended
 
+    def _news(self, position: int) -> tuple[list[RunEvent], int, bool]:
+        """As ``since``, and what is missing before it."""
+        events, after, ended = self.since(position)
+        missed = after - len(events) - position
+        if missed:
+            line = f"{missed:,} events before the next are lost: only the last are kept, and they are read too slowly"
+            events.insert(0, Noted(MISSED, line, "warning", {"events": missed}))
+        return events, after, ended
+
     def __iter__(self) -> Iterator[RunEvent]:
         position, ended = 0, False
         while not ended:
-            events, position, ended = self.since(position)
+            events, position, ended = self._news(position)
             yield from events
             with self._changed:
                 if not self._ended and self._first + len(self._events) == position:
@@ -75,7 +87,7 @@ class EventLog:
             position, ended = 0, False
             while not ended:
                 news.clear()
-                events, position, ended = self.since(position)
+                events, position, ended = self._news(position)
                 for event in events:
                     yield event
                 if not ended:

@@ -18,6 +18,8 @@ FAILED = "failed"
 
 Views for people pass both over: whoever started the run is told by the error that ends it, at the very end.
 """
+MISSED = "missed"
+"""Events that a reader of an ``EventLog`` came too late for: kind of the note that it gets in their place."""
 DOWNLOADING = "downloading model"
 """A long task that is counted in bytes."""
 STOPPED = "stopped"

@@ -24,8 +24,9 @@ class Training:
     """A run that goes on in the background; made by ``start_training``.
 
     Iterating over it, by ``for`` or ``async for``, gives its events from the first on, and ends when the run does;
-    several may do so at once. ``await`` gives its result; whoever is cancelled meanwhile stops the run. As a context
-    manager, ``with`` or ``async with``, it is waited for at the end of the block, and stopped when the block fails.
+    several may do so at once, and one that reads far too slowly is told how many it missed. ``await`` gives its result;
+    whoever is cancelled meanwhile stops the run. As a context manager, ``with`` or ``async with``, it is waited for at
+    the end of the block, and stopped when the block fails.
 
     A program that ends before the run does stops it: the state is saved, and a line on stderr says so.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from coordinator import event_log
+from coordinator.callbacks import Callbacks, call_back
 from coordinator.event_log import EventLog
-from coordinator.stream import Noted, RunEvent
+from coordinator.stream import MISSED, Noted, RunEvent
 
 
 def note(number: int) -> Noted:
@@ -78,6 +80,35 @@ def test_a_long_run_keeps_its_last_part(monkeypatch: pytest.MonkeyPatch) -> None
     for number in range(95):
         log.handle(note(number))
     log.close()
-    kept = numbers(list(log))
+    gap, *told = log
+    kept = numbers(told)
     assert kept == list(range(95 - len(kept), 95))
     assert 10 <= len(kept) < 20
+    assert isinstance(gap, Noted)
+    assert (gap.kind, gap.details) == (MISSED, {"events": 95 - len(kept)})
+
+
+def test_who_reads_too_slowly_is_told_how_many_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "KEPT_EVENTS", 10)
+    log = EventLog()
+
+    def slowly() -> Iterator[RunEvent]:
+        for event in log:
+            if isinstance(event, Noted) and event.message == "0":
+                for number in range(1, 36):
+                    log.handle(note(number))
+                log.close()
+            yield event
+
+    async def slowly_in_a_loop() -> list[RunEvent]:
+        return [event async for event in log]
+
+    log.handle(note(0))
+    told: list[RunEvent] = []
+    with pytest.warns(RuntimeWarning, match="callbacks: 19 events before the next are lost"):
+        call_back(slowly(), [Callbacks(on_event=told.append)], pytest.fail)
+    first, gap, *rest = told
+    assert numbers([first, *rest]) == [0, *range(20, 36)]
+    assert isinstance(gap, Noted)
+    assert (gap.kind, gap.level, gap.details) == (MISSED, "warning", {"events": 19})
+    assert numbers(asyncio.run(slowly_in_a_loop())[1:]) == list(range(20, 36)), "who comes late is told, too"
