@@ -88,13 +88,23 @@ class LoopThread(Generic[_T]):
         try:
             result = asyncio.run(self._main())
         except asyncio.CancelledError:
-            self.outcome.set_exception(Interrupted(f"{self.name}: left at once; what is on disk is whole"))
+            self.outcome.set_exception(left_at_once(self.name))
         except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
             self.outcome.set_exception(error)
         else:
             self.outcome.set_result(result)
         finally:
             _living.discard(self)
+
+
+def left_at_once(name: str, left: str = "") -> Interrupted:
+    """What work that was cancelled ends by.
+
+    Args:
+        name: of the work.
+        left: what goes on without it, or "".
+    """
+    return Interrupted(f"{name}: left at once; what is on disk is whole{f'; {left}' if left else ''}")
 
 
 _living: set[LoopThread[Any]] = set()

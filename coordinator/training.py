@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import itertools
+import threading
 from collections.abc import AsyncIterator, Generator, Iterator
 from types import TracebackType
 from typing import Any
@@ -13,11 +16,13 @@ from coordinator.config import TrainConfig
 from coordinator.event_log import EventLog
 from coordinator.job import RunResult, Stopped
 from coordinator.job import train as run_job
-from coordinator.loop_thread import CANCELLED_SECONDS, LoopThread
+from coordinator.loop_thread import CANCELLED_SECONDS, LoopThread, left_at_once
 from coordinator.resume import taken_up
 from coordinator.stream import Broadcast, Reader, RunEvent, RunStarted, StepFinished
 
 AWAKE_SECONDS = 0.5
+CALLBACK_SECONDS = 2.0
+"""For a callback to return when the run was aborted."""
 
 
 class Training:
@@ -51,6 +56,7 @@ class Training:
         self._resume = resume
         self._callbacks = callbacks
         self._callback_error: BaseException | None = None
+        self._left = ""
         self._log = EventLog()
         self._stop = asyncio.Event()
         self._stop_asked = False
@@ -104,7 +110,10 @@ class Training:
         self._work.call(self._stop.set)
 
     def abort(self) -> None:
-        """Have it end at once, and save nothing more: what is on disk is whole. Returns at once."""
+        """Have it end at once, and save nothing more: what is on disk is whole. Returns at once.
+
+        A callback that does not return within two seconds is left behind in its thread, which the result's error says.
+        """
         self._aborted = True
         self.stop()
         self._work.cancel()
@@ -211,7 +220,7 @@ class Training:
         """The whole run, in its own thread and loop."""
         if self._stop_asked:
             self._stop.set()
-        following = asyncio.create_task(asyncio.to_thread(self._follow)) if self._callbacks else None
+        called = self._begin_to_call() if self._callbacks else None
         view = Broadcast([self._log] if self._view is None else [self._view, self._log])
         try:
             result = await run_job(self.config, view, resume=self._resume, stop=self._stop)
@@ -219,22 +228,53 @@ class Training:
             self.stopped, result = stopped, stopped.result
         finally:
             self._log.close()
-            if following is not None:
-                await following
+            if called is not None:
+                await self._until_called(called)
             if self._callback_error is not None:
                 raise self._callback_error
         return result
 
-    def _follow(self) -> None:
-        """Call the callbacks, in a thread of their own."""
-        try:
-            call_back(self._log, self._callbacks, self.stop)
-        except BaseException as error:  # noqa: BLE001 - raised again with the run's result
-            self._callback_error = error
-            self.stop()
+    def _begin_to_call(self) -> asyncio.Event:
+        """Call the callbacks in a thread of their own; the event is set when all has been told.
+
+        One that hangs keeps neither an executor of the loop nor the program from ending.
+        """
+        loop, called = asyncio.get_running_loop(), asyncio.Event()
+
+        def follow() -> None:
+            try:
+                call_back(itertools.takewhile(lambda _: not self._left, self._log), self._callbacks, self.stop)
+            except BaseException as error:
+                if self._left:  # nobody asks for it any more
+                    raise
+                self._callback_error = error
+                self.stop()
+            with contextlib.suppress(RuntimeError):  # its loop has ended without it
+                loop.call_soon_threadsafe(called.set)
+
+        threading.Thread(target=follow, name=f"{self._work.name}: callbacks", daemon=True).start()
+        return called
+
+    async def _until_called(self, called: asyncio.Event) -> None:
+        """Wait until the callbacks have been told all; a moment only when the run is aborted, also meanwhile.
+
+        Raises:
+            Interrupted: one of them is left behind.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        waiting = asyncio.ensure_future(called.wait())
+        while not waiting.done():
+            with contextlib.suppress(asyncio.CancelledError):  # `cancelling` tells it
+                await asyncio.wait([waiting], timeout=CALLBACK_SECONDS if task.cancelling() else None)
+                if not waiting.done():
+                    self._left = "a callback has not returned; it is left behind in its thread, and is told no more"
+                    raise left_at_once(self._work.name, self._left)
+        if task.cancelling():
+            raise asyncio.CancelledError
 
     def _last_words(self) -> str:
-        return str(self.stopped or "")
+        return "; ".join(filter(None, (str(self.stopped or ""), self._left)))
 
 
 def start_training(
