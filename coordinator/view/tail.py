@@ -19,19 +19,17 @@ class Tail:
     moves it (``previous/ID/``), and nothing of that run is taken for this one's.
 
     A run that goes on after a stop writes ``metrics.jsonl`` anew, up to the step it goes on from. Then it is read from
-    its beginning once more, and ``rewound`` counts that: steps may come a second time.
+    its beginning once more: steps may come a second time.
 
     Args:
         path: of the file.
 
     Attributes:
-        rewound: how often the file was begun anew.
         broken_lines: whole lines that hold no object; a crash may leave one.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rewound = 0
         self.broken_lines = 0
         self._offset = 0
         self._file: int | None = None
@@ -48,7 +46,6 @@ class Tail:
         entries = self._new_lines()
         if self._was_replaced():
             self.close()
-            self.rewound += 1
             entries += self.read()
         return entries
 
@@ -71,7 +68,6 @@ class Tail:
         assert self._file is not None
         if os.fstat(self._file).st_size < self._offset:  # cut in place: what is there now is new
             self._offset = 0
-            self.rewound += 1
         parts = []
         at = self._offset
         while part := os.pread(self._file, _PIECE, at):
