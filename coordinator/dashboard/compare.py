@@ -9,6 +9,7 @@ from typing import Any
 
 from coordinator.dashboard.snapshot import charts_data
 from coordinator.dashboard.watched import RUNNING, Watched
+from coordinator.running.compare import SAME_FOR_NOBODY
 from coordinator.view.charts import Chart, Curve
 from coordinator.view.curves import mean_points, moving_mean, smoothing_radius
 from coordinator.view.figures import tiles_of
@@ -87,7 +88,7 @@ def _figures(runs: Sequence[Watched]) -> str:
 
 def _options(runs: Sequence[Watched]) -> str:
     """The options that are not the same in all runs."""
-    names = sorted({name for run in runs for name in run.record.config} - {"adapter_path"})
+    names = sorted({name for run in runs for name in run.record.config} - set(SAME_FOR_NOBODY))
     different = [name for name in names if len({_said(run, name) for run in runs}) > 1]
     if not different:
         return "<section><h2>Options</h2><p>All runs have the same options.</p></section>"

@@ -12,6 +12,7 @@ from coordinator.dashboard.app import titles
 from coordinator.dashboard.compare import compare_snapshot
 from coordinator.dashboard.snapshot import run_snapshot
 from coordinator.dashboard.watched import Watched
+from coordinator.running.compare import SAME_FOR_NOBODY
 from coordinator.view.records import read_run
 from tests.coordinator.view.synthetic import fleet_metrics, step_metrics, validation_metrics, write_run
 
@@ -134,7 +135,8 @@ def test_runs_are_compared_by_their_curves_figures_and_options(tmp_path: Path) -
     for name, rank in (("a", 8), ("b", 16)):
         write_run(tmp_path / name, total=40, evaluate=20)
         config = tmp_path / name / "config.yaml"
-        config.write_text(config.read_text().replace("rank: 8", f"rank: {rank}"))
+        files = "".join(f"{option}: {name}/of-its-own\n" for option in SAME_FOR_NOBODY if option != "adapter_path")
+        config.write_text(config.read_text().replace("rank: 8", f"rank: {rank}") + files)
         runs.append(Watched(tmp_path / name, name))
         runs[-1].refresh()
     snapshot = compare_snapshot(runs)
@@ -142,6 +144,7 @@ def test_runs_are_compared_by_their_curves_figures_and_options(tmp_path: Path) -
     assert charts == {key: ["a", "b"] for key in ("loss", "validation", "rate", "seconds")}
     assert "lora_parameters" in snapshot["parts"]["options"]
     assert "learning_rate" not in snapshot["parts"]["options"]
+    assert "of-its-own" not in snapshot["parts"]["options"]
     assert 'href="/run/1">b</a>' in snapshot["parts"]["runs"]
 
 
