@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from coordinator.dashboard.assets import ASSETS, asset
 from coordinator.dashboard.compare import compare_snapshot
-from coordinator.dashboard.feed import LOOK_EVERY_SECONDS, Feed
+from coordinator.dashboard.feed import LOOK_EVERY_SECONDS, Feed, clock
 from coordinator.dashboard.page import page
 from coordinator.dashboard.snapshot import run_snapshot
 from coordinator.dashboard.watched import Watched
@@ -94,7 +94,7 @@ def titles(folders: Sequence[Path]) -> list[str]:
 
 
 async def _events(feed: Feed, ending: asyncio.Event) -> AsyncIterator[str]:
-    """Server-sent events: each snapshot as it is made; now and then a sign of life."""
+    """Server-sent events: each snapshot as it is made; now and then the time, as a sign of life."""
     sent, silent = 0, 0.0
     while not ending.is_set():
         version, text = await feed.latest()
@@ -103,7 +103,7 @@ async def _events(feed: Feed, ending: asyncio.Event) -> AsyncIterator[str]:
             yield f"data: {text}\n\n"
         elif silent >= ALIVE_EVERY_SECONDS:
             silent = 0.0
-            yield ": alive\n\n"
+            yield f"event: clock\ndata: {clock()}\n\n"
         silent += LOOK_EVERY_SECONDS
         try:
             # Files tell nobody that they have grown.

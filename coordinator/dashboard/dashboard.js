@@ -5,6 +5,7 @@ const feed = document.body.dataset.feed;
 const figures = new Map();
 let snapshot = null;
 let connected = false;
+let serverTime = null; // the server's clock when it was last told, and ours then
 
 function css(name) {
   return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
@@ -261,24 +262,34 @@ function say(text) {
   if (live.textContent !== text) live.textContent = text;
 }
 
+// Runs are dated by the server's clock, from which this machine's may differ by hours.
+function setClock(told) {
+  serverTime = { now: told.now, at: performance.now() };
+}
+
 // Whether the run still speaks, and whether the server does.
 function tick() {
+  document.body.dataset.connected = connected;
+  // The browser tries no more: it was refused, as by a server that was started anew with another token.
+  const closed = source.readyState === EventSource.CLOSED;
+  if (closed) say("the server no longer answers this page: open the address that the command printed");
   if (!snapshot) return;
-  const silence = Date.now() / 1000 - snapshot.heard;
+  const silence = serverTime.now + (performance.now() - serverTime.at) / 1000 - snapshot.heard;
   const silent = snapshot.status === "running" && silence > snapshot.patience;
   const pill = document.getElementById("status");
   pill.textContent = silent ? "silent" : snapshot.word;
   pill.className = "pill " + (silent ? "interrupted" : snapshot.status);
   pill.hidden = false;
+  if (closed) return;
   if (!connected) say("no connection to the server: what is shown may be old; trying again");
   else if (silent) say("no word from the run for " + ago(silence) + ": it may have been killed");
   else if (snapshot.status === "running") say("live");
   else say(snapshot.status ? "the run has ended" : "nothing has been written yet");
-  document.body.dataset.connected = connected;
 }
 
 function show(found) {
   snapshot = found;
+  setClock(found);
   document.getElementById("title").textContent = found.title;
   document.title = (found.status === "running" && found.total ? found.step + "/" + found.total + " · " : "") + found.title + " · mlx-tandem";
   const progress = document.getElementById("progress");
@@ -301,6 +312,10 @@ source.onmessage = (event) => {
   connected = true;
   show(JSON.parse(event.data));
 };
+source.addEventListener("clock", (event) => {
+  setClock(JSON.parse(event.data));
+  tick();
+});
 source.onopen = () => { connected = true; tick(); };
 source.onerror = () => { connected = false; tick(); };
 setInterval(tick, 1000);

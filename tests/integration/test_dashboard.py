@@ -47,9 +47,13 @@ def browser() -> Iterator[Browser]:
 class Watching:
     """A page, and everything that it complained of or asked for."""
 
-    def __init__(self, browser: Browser, address: str, *, dark: bool = False, phone: bool = False) -> None:
+    def __init__(
+        self, browser: Browser, address: str, *, dark: bool = False, phone: bool = False, clock_hours: float = 0.0
+    ) -> None:
         context = browser.new_context(viewport=PHONE if phone else DESK, color_scheme="dark" if dark else "light")  # type: ignore[arg-type]
         self.page: Page = context.new_page()
+        if clock_hours:
+            self.page.add_init_script(f"const now = Date.now; Date.now = () => now() + {clock_hours * 3.6e6};")
         self.complaints: list[str] = []
         self.asked: set[str] = set()
         self.page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
@@ -94,9 +98,9 @@ class Watching:
         assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def serve(*folders: Path) -> tuple[Place, str]:
-    opened = socket.create_server(("127.0.0.1", 0))
-    return Place(opened, "127.0.0.1", ""), f"http://127.0.0.1:{opened.getsockname()[1]}/"
+def serve(port: int = 0, token: str = "") -> tuple[Place, str]:
+    place = Place(socket.create_server(("127.0.0.1", port)), "127.0.0.1", token)
+    return place, place.url
 
 
 def test_during_and_after_a_run_that_loses_a_node(browser: Browser, tmp_path: Path) -> None:
@@ -215,3 +219,40 @@ def test_runs_are_compared_and_a_silent_one_is_told(browser: Browser, tmp_path: 
         assert watching.page.locator("#status").inner_text() == "silent"
         assert "it may have been killed" in watching.page.locator("#live").inner_text()
         watching.check()
+
+
+def test_a_run_is_not_called_silent_by_the_clock_of_the_browser(browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path, total=30)
+    events = [json.dumps({"time": 1.79e9, "kind": "resumed", "message": "resumed", "level": "info"}) + "\n"]
+    (tmp_path / "events.jsonl").write_text("".join(events))
+    place, address = serve()
+    with beside(place, [tmp_path]):
+        for hours in (30.0, -30.0):
+            watching = Watching(browser, address, clock_hours=hours)
+            watching.until("document.body.dataset.step === '30'")
+            assert watching.page.locator("#live").inner_text() == "live"
+            watching.check()
+        for name in ("metrics.jsonl", "events.jsonl"):
+            os.utime(tmp_path / name, (1.7e9, 1.7e9))
+    place, address = serve()
+    with beside(place, [tmp_path]):
+        watching = Watching(browser, address, clock_hours=-1e6)
+        watching.until("document.body.dataset.step === '30'")
+        assert watching.page.locator("#status").inner_text() == "silent"
+
+
+def test_a_page_of_a_server_that_was_started_anew_says_what_to_open(browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path, total=30)
+    place, address = serve(token="first")
+    port = place.socket.getsockname()[1]
+    with beside(place, [tmp_path]):
+        watching = Watching(browser, address)
+        watching.until("document.body.dataset.step === '30'")
+    watching.until("document.getElementById('live').textContent.endsWith('trying again')")
+    place, address = serve(port, token="second")
+    with beside(place, [tmp_path]):
+        watching.until("document.getElementById('live').textContent.includes('open the address that the command')")
+        assert watching.page.locator("#status").inner_text() == "done", "what was shown stays"
+        watching.page.goto(address)
+        watching.until("document.body.dataset.step === '30'")
+        assert watching.page.locator("#live").inner_text() == "the run has ended"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,12 @@ from typing import Any
 import pytest
 
 from coordinator.cli import coordinator
+from coordinator.dashboard import app
 from coordinator.dashboard.address import Place, may_be_called, open_place
 from coordinator.dashboard.beside import beside
+from coordinator.dashboard.feed import Feed
+from coordinator.dashboard.snapshot import run_snapshot
+from coordinator.dashboard.watched import Watched
 from node.clikit import run_cli
 from node.errors import UserError
 from tests.coordinator.view.synthetic import step_metrics, write_run
@@ -101,6 +107,31 @@ def test_what_is_shown_is_what_stands_in_the_files(folder: Path) -> None:
     assert loss["last"] == 40
     assert [mark["x"] for mark in loss["marks"]] == [25]
     assert "worker ended by signal 9" in found["parts"]["events"]
+
+
+def test_the_time_is_told_of_the_moment_and_not_of_the_snapshot(folder: Path) -> None:
+    with serving(folder) as client:
+        told = [time.time()]
+        for path in ("/data/0", "/data/0"):
+            told += [json.loads(client.ask(path).body)["now"], time.time()]
+        told += [next(client.stream("/stream/0"))["now"], time.time()]
+    assert told == sorted(told)
+
+
+def test_a_quiet_stream_tells_the_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "ALIVE_EVERY_SECONDS", 0.0)
+
+    async def told() -> list[str]:
+        run = Watched(folder, "adapters")
+        stream = app._events(Feed([run], lambda: run_snapshot(run), asyncio.Lock()), asyncio.Event())
+        return [await anext(stream), await anext(stream)]
+
+    before = time.time()
+    snapshot, clock = asyncio.run(told())
+    assert json.loads(snapshot.removeprefix("data: "))["step"] == 40
+    event, data, *_ = clock.split("\n")
+    assert event == "event: clock"
+    assert before <= json.loads(data.removeprefix("data: "))["now"] <= time.time()
 
 
 def test_a_stream_tells_of_new_steps_and_then_of_the_end(folder: Path) -> None:
