@@ -7,11 +7,16 @@ command line starts in a moment.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-# What tqdm, which the Hub's library brings, tells every notebook without ipywidgets; its bars are not shown here.
-warnings.filterwarnings("ignore", message="IProgress not found")
+if "ipykernel.zmqshell" in sys.modules:
+    # When the Hub's library loads tqdm, that tells a notebook without ipywidgets of bars that are not shown here. It is
+    # loaded now, and not when a training does so in a thread: what is ignored meanwhile is ignored in all threads.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        importlib.import_module("tqdm.auto")
 
 if TYPE_CHECKING:  # what each name below is; `_EXPORTS` says the same when the program runs
     from coordinator.api import fuse, generate, test, train

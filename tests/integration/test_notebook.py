@@ -125,6 +125,10 @@ def test_a_cell_trains_and_is_told(notebook: Notebook, tmp_path: Path) -> None:
     said, reply = notebook.run("result = train(config('whole', iters=4), callbacks=told); print(result.status)")
     assert reply["status"] == "ok"
     assert said.split() == ["step", "1;", "step", "2;", "step", "3;", "step", "4;", "done"]
+    said, reply = notebook.run("import sys, warnings; print('tqdm.auto' in sys.modules, warnings.filters)")
+    assert reply["status"] == "ok"
+    assert said.startswith("True ")
+    assert "IProgress" not in said, "the notebook's own warnings are left alone"
     said, reply = notebook.run(
         "async with start_training(config('whole', iters=6), resume=True) as training:\n"
         "    print([event.step async for event in training if isinstance(event, StepFinished)])\n"
