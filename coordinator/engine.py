@@ -28,6 +28,7 @@ from coordinator.pressure import in_words, slowed
 from coordinator.program import Action, Program
 from coordinator.prompts import SamplePrompt
 from coordinator.regroup import Excluded, Muster, Regroup, Trouble
+from coordinator.row_homes import Homes
 from coordinator.shares import Evaluation, StepSource
 from coordinator.stream import Advanced, Noted, Reader, Sampled, StepFinished, Validated
 from coordinator.summing import sum_losses
@@ -119,6 +120,7 @@ class Work:
         early_stop: validations without a better one before stopping; None never.
         save_best: whether each best validation makes a checkpoint.
         data_digest: of the training data.
+        reuse_prefix: whether machines keep what the frozen layers make of a row.
     """
 
     folder: Path
@@ -130,6 +132,7 @@ class Work:
     early_stop: int | None
     save_best: bool
     data_digest: str
+    reuse_prefix: bool = False
 
 
 @dataclass
@@ -180,6 +183,7 @@ class Engine:
         self._ledger = Ledger(1)
         self._watch = Watch(1)
         self._rows: dict[int, dict[str, int]] = {}
+        self._homes = Homes()
         self._largest: dict[str, int] = {}
         self._predicted = 0.0
         self._sum_seconds = SUM_SECONDS
@@ -499,6 +503,7 @@ class Engine:
         self._asked = max(self._asked, step)
         if len(crew) == 1:
             share = steps.share(step)
+            self._settle_rows(step, crew.ids[0], share)
             self._rows[step] = {crew.ids[0]: sum(len(part.ids) for part in share.micro_batches)}
             limit = self._lone_limit(share, step)
             self._watch.step(step, [limit], limit, now)
@@ -506,7 +511,8 @@ class Engine:
             return
         members = crew.members
         paces = [slowed(_pace(member), member.condition_factor) for member in members]
-        shares = steps.shares(step, paces, [member.token_limit for member in members])
+        affinity = self._homes.wishes(steps.row_ids(step), crew.ids) if self._work.reuse_prefix else None
+        shares = steps.shares(step, paces, [member.token_limit for member in members], affinity)
         seconds = [pace.predict(share.positions) for pace, share in zip(paces, shares, strict=True)]
         early = FIRST_SECONDS if step - self._group_began <= UNPREDICTED_STEPS else 0.0
         more = early + _moving_seconds(crew)
@@ -518,6 +524,7 @@ class Engine:
         self._watch.step(step, [patience(predicted, more) for predicted in seconds], sum_limit, now)
         self._rows[step] = {}
         for member, share in zip(members, shares, strict=True):
+            self._settle_rows(step, member.id, share)
             self._rows[step][member.id] = sum(len(part.ids) for part in share.micro_batches)
             sizes = [len(part.ids) * part.padded_length for part in share.micro_batches]
             self._largest[member.id] = max(sizes, default=self._largest.get(member.id, 0))
@@ -525,6 +532,12 @@ class Engine:
         wait = LONGEST_WAIT_SECONDS + patience(self._predicted, more) + sum_limit
         for index, share in enumerate(shares):
             await crew.send(index, TrainStep(dataclasses.replace(share, check=check, wait_seconds=wait)))
+
+    def _settle_rows(self, step: int, machine: str, share: Share) -> None:
+        """Note who keeps what the frozen layers make of these rows."""
+        if self._work.reuse_prefix:
+            positions = [position for part in share.micro_batches for position in part.ids.tolist()]
+            self._homes.settle(self._work.steps.row_ids(step)[positions], machine, self._crew.ids)
 
     def _lone_limit(self, share: Share, step: int) -> float:
         """How long the only machine may take for a step."""

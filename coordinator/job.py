@@ -399,6 +399,7 @@ class _Job:
             early_stop=config.early_stop,
             save_best=config.early_stop is not None or config.keep_last is not None,
             data_digest=train.digest,
+            reuse_prefix=spec.reuse_prefix,
         )
         muster = self._muster(Wanted(config, model, spec, given, steps, train, self.program))
         return Engine(work, muster, Checkpoints(self.folder, config.keep_last), self.reader, resumed, self.stop)

@@ -62,7 +62,7 @@ class StepSource:
 
     def lengths(self, step: int) -> Int32:
         """(rows,) tokens of each row of a step, in the order in which they are numbered."""
-        return self._tokens.lengths[self._row_ids(step)]
+        return self._tokens.lengths[self.row_ids(step)]
 
     def shares(
         self,
@@ -83,7 +83,7 @@ class StepSource:
         Returns:
             A share for each member, which may be empty.
         """
-        row_ids = self._row_ids(step)
+        row_ids = self.row_ids(step)
         lengths = self._tokens.lengths[row_ids]
         limits = limits if limits is not None else [None] * len(paces)
         wishes = {i: affinity[int(row)] for i, row in enumerate(row_ids) if int(row) in affinity} if affinity else None
@@ -102,7 +102,8 @@ class StepSource:
             shares.append(Share(step, tuple(parts)))
         return shares
 
-    def _row_ids(self, step: int) -> Indices:
+    def row_ids(self, step: int) -> Indices:
+        """(rows,) ids in the data of the rows of a step, in the order in which they are numbered."""
         return np.concatenate([self._batches.rows(iteration) for iteration in self._program.iters(step)])
 
     def _numbered(self, row_ids: Indices, positions: Indices) -> Rows:

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 0.0,
     "neftune_alpha": 0.0,
     "grad_checkpoint": False,
+    "reuse_prefix": "auto",
     "clear_cache_threshold": 0,
     "seed": 0,
     "num_layers": 16,

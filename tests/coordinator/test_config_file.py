@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.checks import check_options
 from coordinator.commands.train import load
 from coordinator.config import TrainConfig
 from coordinator.config_file import merge, parse_mapping, read_yaml, write_yaml
@@ -244,6 +245,28 @@ def test_the_worker_is_told_all_of_it() -> None:
     job = job_spec(scheduled, Path("/m"), "run", Path("/f"), 0)
     assert job.optimizer is not None
     assert job.optimizer.schedule == {"name": "exponential_decay", "arguments": [1e-4, 0.9], "warmup": 7}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "noise", "rows_return", "kept"),
+    [
+        ("auto", 0.0, True, True),
+        ("auto", 0.0, False, False),
+        ("auto", 5.0, True, False),
+        ("on", 0.0, False, True),
+        ("off", 0.0, True, False),
+    ],
+)
+def test_outputs_of_frozen_layers_are_kept_where_rows_return(
+    wanted: str, noise: float, rows_return: bool, kept: bool
+) -> None:
+    config = TrainConfig(model="m", warmup=0, reuse_prefix=wanted, neftune_alpha=noise)
+    assert job_spec(config, Path("/m"), "run", Path("/f"), 0, rows_return=rows_return).reuse_prefix is kept
+
+
+def test_noise_leaves_nothing_to_keep() -> None:
+    with pytest.raises(UserError, match="--reuse-prefix on: with --neftune-alpha"):
+        check_options(TrainConfig(model="m", reuse_prefix="on", neftune_alpha=5.0), resume=False)
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------

@@ -57,14 +57,14 @@ def test_it_is_never_slower_than_the_best_member_alone(lengths: Int32, speeds: l
     assert slowest(lengths, speeds, as_lists(lengths, speeds)) <= alone + slack
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=5), st.lists(speed_of, min_size=2, max_size=3))
 def test_a_few_rows_are_divided_as_well_as_can_be(values: list[int], speeds: list[Speed]) -> None:
     lengths = np.array(values, np.int32)
     assert slowest(lengths, speeds, as_lists(lengths, speeds)) == pytest.approx(brute_force(lengths, speeds))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(20, 1000), min_size=7, max_size=8), st.lists(speed_of, min_size=2, max_size=2))
 def test_more_rows_are_divided_nearly_as_well(values: list[int], speeds: list[Speed]) -> None:
     lengths = np.array(values, np.int32)

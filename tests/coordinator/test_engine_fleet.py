@@ -91,7 +91,10 @@ class Shares:
     def share(self, step: int) -> Share:
         return Share(step, ())
 
-    def shares(self, step: int, paces: list[Pace], limits: list[int | None]) -> list[Share]:
+    def shares(
+        self, step: int, paces: list[Pace], limits: list[int | None], affinity: dict[int, int] | None
+    ) -> list[Share]:
+        assert affinity is None
         return [Share(step, ()) for _ in paces]
 
 

@@ -383,7 +383,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(EVENTS, max_size=60))
 def test_no_order_of_events_leads_astray(events: list[tuple[str, float]]) -> None:
     world = World()
@@ -421,7 +421,7 @@ def test_no_order_of_events_leads_astray(events: list[tuple[str, float]]) -> Non
         assert world.recorded >= before, "it trains on"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from(["train", "lose", "come", "deliver"]), max_size=40))
 def test_nothing_is_computed_again_while_a_holder_lives(events: list[str]) -> None:
     """With one machine that is never lost, the run goes on from what was recorded."""

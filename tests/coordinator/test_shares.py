@@ -63,7 +63,7 @@ def parts_of(shares: list[Share]) -> list[Rows]:
     return [part for share in shares for part in share.micro_batches]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     step=st.integers(1, 5),
     batch_size=st.integers(1, 20),

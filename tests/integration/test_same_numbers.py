@@ -50,6 +50,7 @@ class Case:
 FAST = [
     # 7 rows: no number of ranks divides them, and 30 rows are no whole number of batches.
     Case("masked prompts, accumulated", 2, {"batch_size": 7, "mask_prompt": True, "grad_accumulation_steps": 3}),
+    Case("frozen layers' outputs kept", 2, {"batch_size": 7, "num_layers": 1, "reuse_prefix": "on"}),
     Case("dropout and noise, 3 ranks", 3, {"batch_size": 5, "lora_dropout": 0.2, "neftune_alpha": 5.0}),
 ]
 SLOW = [
@@ -95,7 +96,7 @@ def check(case: Case, nodes: list[ServingNode], folder: Path) -> None:
     for node in nodes:
         pair(node.home, home())
     config = config_of(case, folder)
-    alone = dataclasses.replace(config, adapter_path=str(folder / "alone"), nodes="local")
+    alone = dataclasses.replace(config, adapter_path=str(folder / "alone"), nodes="local", reuse_prefix="off")
     train(alone)
     together = dataclasses.replace(
         config,

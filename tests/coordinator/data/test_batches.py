@@ -36,7 +36,7 @@ def padded_tokens(parts: tuple[Rows, ...]) -> int:
     return sum(len(part.ids) * part.padded_length for part in parts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(1, 40), st.integers(-3, 2**40))
 def test_every_epoch_visits_every_row_exactly_once(lengths: Int32, batch_size: int, seed: int) -> None:
     batches = Batches(lengths, batch_size, seed)
@@ -48,7 +48,7 @@ def test_every_epoch_visits_every_row_exactly_once(lengths: Int32, batch_size: i
         assert all(len(rows) == batch_size for rows in visited[:-1])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(LENGTHS, st.integers(1, 9), st.integers(0, 5), st.lists(st.integers(1, 400), min_size=1, max_size=6))
 def test_batches_are_a_pure_function_of_the_iteration(
     lengths: Int32, batch_size: int, seed: int, numbers: list[int]
@@ -152,7 +152,7 @@ def test_gather_numbers_the_rows_of_a_step() -> None:
     assert rows.target_tokens == 6
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.integers(2, 700), min_size=1, max_size=24).map(lambda values: np.array(values, np.int32)),
     st.one_of(st.none(), st.integers(1, 4000)),
