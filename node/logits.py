@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 _BYTES, _FEWEST = 16 << 20, 32
-_BYTES_ON_GPU, _FEWEST_ON_GPU = 64 << 20, 256  # it takes more rows to keep a GPU busy
+# A GPU is kept busy by larger products; of 128 rows they are bound by its arithmetic, no more by reading the head.
+_BYTES_ON_GPU, _FEWEST_ON_GPU = 64 << 20, 128
 _MOST = 1024
 
 

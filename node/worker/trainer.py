@@ -56,6 +56,33 @@ class Published:
     moments: Arrays = field(default_factory=dict)
 
 
+class Compiled:
+    """A function of arrays, compiled for the first few combinations of shapes that it is called with.
+
+    Each combination holds buffers on the GPU as long as the program runs; without a bound long runs on rows of many
+    lengths end in "Resource limit (499000) exceeded" (ml-explore/mlx issue 4464).
+
+    Args:
+        function: its first argument is a tree of arrays, always of the same shapes.
+    """
+
+    MOST = 32
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._plain = function
+        self._compiled = mx.compile(function)
+        self.shapes: set[tuple[tuple[int, ...], ...]] = set()
+
+    def __call__(self, tree: Any, *arrays: mx.array) -> Any:
+        """What the function gives."""
+        shapes = tuple(array.shape for array in arrays)
+        if shapes not in self.shapes:
+            if len(self.shapes) >= self.MOST:
+                return self._plain(tree, *arrays)
+            self.shapes.add(shapes)
+        return self._compiled(tree, *arrays)
+
+
 class Trainer:
     """Holds what is trained and applies steps to it.
 
@@ -102,7 +129,7 @@ class Trainer:
         self._optimizer = Optimizer(spec, self._parameters)
         # On the CPU, compiling starts a C++ compiler for each shape and gains next to nothing.
         gradient = mx.value_and_grad(self._loss)
-        self._gradient = mx.compile(gradient) if mx.default_device().type == mx.gpu else gradient
+        self._gradient = Compiled(gradient) if mx.default_device().type == mx.gpu else gradient
         self.step = 0
         mx.eval(self._parameters, self._optimizer.arrays())
 

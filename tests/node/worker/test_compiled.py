@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from node.spec import OptimizerSpec, TuningSpec
-from node.worker.trainer import Trainer
+from node.worker.trainer import Compiled, Trainer
 from tests.fixtures.models import tiny_model
 from tests.fixtures.training import InProcess, difference, random_batches
 
@@ -19,7 +19,7 @@ NOISY = TuningSpec(num_layers=-1, rank=4, scale=10.0, dropout=0.3, neftune_alpha
 
 
 def compiled(trainer: Trainer) -> None:
-    trainer._gradient = mx.compile(trainer._gradient)
+    trainer._gradient = Compiled(trainer._gradient)
 
 
 @pytest.fixture
@@ -39,9 +39,10 @@ def compiling() -> Iterator[None]:
         ("llama", replace(NOISY, grad_checkpoint=True)),
         ("llama", replace(NOISY, fine_tune_type="dora")),
         ("llama", replace(NOISY, fine_tune_type="full")),
+        ("llama", replace(NOISY, num_layers=1)),
         ("mixtral", NOISY),
     ],
-    ids=["lora", "checkpointed", "dora", "full", "experts"],
+    ids=["lora", "checkpointed", "dora", "full", "frozen below", "experts"],
 )
 def test_compiled_steps_are_the_plain_ones(tmp_path: Path, family: str, spec: Any) -> None:
     model = tiny_model(tmp_path / "model", family)
@@ -57,3 +58,13 @@ def test_compiled_steps_are_the_plain_ones(tmp_path: Path, family: str, spec: An
     # Nothing of the tracing is left behind in the model or in the context.
     assert fast.context.keys is None
     assert mx.isfinite(fast.model(mx.array([[1, 2, 3]]))).all()
+
+
+def test_only_the_first_shapes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compiled, "MOST", 2)
+    monkeypatch.setattr(mx, "compile", lambda function: lambda *given: ("compiled", function(*given)))
+    function = Compiled(lambda tree, *arrays: len(arrays))
+    rows = [mx.zeros((n, 4)) for n in (1, 2, 3, 1, 2, 3)]
+    assert [function({}, row) for row in rows] == [("compiled", 1), ("compiled", 1), 1] * 2
+    assert function({}, rows[0], rows[0]) == 2
+    assert function.shapes == {((1, 4),), ((2, 4),)}
