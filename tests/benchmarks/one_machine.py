@@ -17,7 +17,7 @@ import numpy as np
 from tests.benchmarks import mlx_launch
 from tests.benchmarks.figures import Figure
 from tests.benchmarks.pinned import alone, cores
-from tests.benchmarks.workload import WARM_UP, WORDS, Iteration, Workload, tokens_per_second
+from tests.benchmarks.workload import WARM_UP, WORDS, Iteration, Workload, seconds_per_iteration, tokens_per_second
 
 BATCH = 4
 # Of rows of mixed lengths, in tokens.
@@ -25,6 +25,8 @@ SHORTEST, MEDIAN, LONGEST, SPREAD = 10, 80, 530, 0.9
 SMALL_VOCABULARY, LARGE_VOCABULARY = 4096, 32768
 SAME_ROWS, SAME_LENGTH, SAME_STEPS = 8, 64, 6
 MEMORY_LENGTH = 512
+BLOCKS = 4
+FLAT_STEPS, FLAT_FROM = 2000, 500
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Case:
         vocabulary: rows of the embedding.
         masked: trained on the completion alone, a quarter of each row.
         quantize: bits of the base; 0 trains on fp32.
+        trained: blocks that are trained, of four.
+        epochs: passes over the rows.
         goal: least ratio of real tokens per second.
         memory_goal: most of the ratio of peak memory above the weights, or None.
     """
@@ -48,17 +52,19 @@ class Case:
     vocabulary: int
     masked: bool = False
     quantize: int = 0
+    trained: int = BLOCKS
+    epochs: int = 1
     goal: float | None = None
     memory_goal: float | None = None
 
 
 CASES = (
-    Case("mixed lengths", 96, 0, SMALL_VOCABULARY, goal=2.5),
-    Case("equal lengths", 48, 160, SMALL_VOCABULARY, goal=1.0),
-    Case("equal lengths, QLoRA", 48, 160, SMALL_VOCABULARY, quantize=4, goal=1.0),
-    Case("equal lengths, large vocabulary", 32, MEMORY_LENGTH, LARGE_VOCABULARY, goal=1.0, memory_goal=0.3),
-    Case("equal lengths, large vocabulary, prompts masked", 48, 160, LARGE_VOCABULARY, masked=True, goal=2.0),
-    Case("mixed lengths, large vocabulary, prompts masked", 96, 0, LARGE_VOCABULARY, masked=True, goal=2.5),
+    Case("mixed lengths", 64, 0, SMALL_VOCABULARY, goal=2.5),
+    Case("equal lengths", 32, 160, SMALL_VOCABULARY, goal=1.0),
+    Case("equal lengths, QLoRA", 16, 160, SMALL_VOCABULARY, quantize=4, goal=1.0),
+    Case("equal lengths, large vocabulary", 16, MEMORY_LENGTH, LARGE_VOCABULARY, goal=1.0, memory_goal=0.3),
+    Case("equal lengths, large vocabulary, prompts masked", 32, 160, LARGE_VOCABULARY, masked=True, goal=2.0),
+    Case("all together", 64, 0, LARGE_VOCABULARY, masked=True, trained=BLOCKS // 2, epochs=3, goal=5.0),
 )
 
 
@@ -74,7 +80,8 @@ def run(folder: Path, pairs: int) -> list[Figure]:
         for pair in range(pairs):
             sides: dict[str, list[Iteration]] = {}
             for side in ("ours", "theirs") if pair % 2 else ("theirs", "ours"):
-                sides[side] = _train(side, work, place / f"{side}{pair}", case, WARM_UP + case.rows // BATCH)
+                iters = WARM_UP + case.epochs * case.rows // BATCH
+                sides[side] = _train(side, work, place / f"{side}{pair}", case, iters)
             ours, theirs = sides["ours"], sides["theirs"]
             rates.append(tokens_per_second(ours) / tokens_per_second(theirs))
             peaks.append((_peak(ours) - weights) / (_peak(theirs) - weights))
@@ -82,13 +89,13 @@ def run(folder: Path, pairs: int) -> list[Figure]:
             Figure(f"{case.name}: tokens per second", "x", tuple(rates), at_least=case.goal),
             Figure(f"{case.name}: peak memory above weights", "x", tuple(peaks), below=case.memory_goal),
         ]
-    return [*figures, _same_losses(folder / "same")]
+    return [*figures, _second_epoch(folder / "epochs", pairs), _same_losses(folder / "same"), _growth(folder / "flat")]
 
 
 def _train(
     side: str, work: Workload, folder: Path, case: Case, iters: int, *, batch: int = BATCH, more: Sequence[str] = ()
 ) -> list[Iteration]:
-    options = ["--mask-prompt", *more] if case.masked else list(more)
+    options = ["--num-layers", str(case.trained), *(["--mask-prompt"] if case.masked else []), *more]
     if side == "ours":
         return alone(work, folder, batch=batch, iters=iters, options=options)
     return mlx_launch.train(work, folder, ranks=1, batch=batch, iters=iters, cores=cores(1), options=options)
@@ -96,6 +103,28 @@ def _train(
 
 def _peak(iterations: list[Iteration]) -> float:
     return max(iteration.peak_memory_bytes for iteration in iterations)
+
+
+def _second_epoch(folder: Path, pairs: int) -> Figure:
+    """Half of the blocks are frozen below: what they gave in the first epoch is read in the second."""
+    case = Case("epochs", 48, 160, SMALL_VOCABULARY, trained=BLOCKS // 2)
+    work, epoch = _workload(folder, case), case.rows // BATCH
+    ratios = []
+    for pair in range(pairs):
+        run = _train("ours", work, folder / str(pair), case, 2 * epoch)
+        second = (run[-1].at - run[epoch - 1].at) / epoch
+        ratios.append(seconds_per_iteration(run[:epoch]) / second)
+    return Figure("second epoch / first, half of the layers frozen below", "x", tuple(ratios), at_least=1.4)
+
+
+def _growth(folder: Path) -> Figure:
+    """Of the highest memory so far, over a long run on rows of many lengths."""
+    case = Case("flat", 256, 0, SMALL_VOCABULARY)
+    work = _workload(folder, case, hidden=64)
+    run = _train("ours", work, folder / "run", case, FLAT_STEPS)
+    return Figure(
+        f"peak memory of {FLAT_STEPS} steps / of {FLAT_FROM}", "x", (_peak(run) / _peak(run[:FLAT_FROM]),), below=1.01
+    )
 
 
 def _same_losses(folder: Path) -> Figure:
@@ -110,12 +139,17 @@ def _same_losses(folder: Path) -> Figure:
     return Figure("same batches: largest difference of a loss", "", (apart,), below=1e-4)
 
 
-def _workload(folder: Path, case: Case) -> Workload:
+def _workload(folder: Path, case: Case, hidden: int = 512) -> Workload:
     """A small model, and rows of about so many tokens."""
     from tests.fixtures.models import tiny_model
 
     model = tiny_model(
-        folder / "model", "llama", vocab_size=case.vocabulary, layers=4, hidden=512, quantize=case.quantize or None
+        folder / "model",
+        "llama",
+        vocab_size=case.vocabulary,
+        layers=BLOCKS,
+        hidden=hidden,
+        quantize=case.quantize or None,
     )
     data = folder / "data"
     data.mkdir(parents=True)
