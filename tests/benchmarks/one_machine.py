@@ -61,7 +61,7 @@ class Case:
 CASES = (
     Case("mixed lengths", 64, 0, SMALL_VOCABULARY, goal=2.5),
     Case("equal lengths", 32, 160, SMALL_VOCABULARY, goal=1.0),
-    Case("equal lengths, QLoRA", 16, 160, SMALL_VOCABULARY, quantize=4, goal=1.0),
+    Case("equal lengths, QLoRA", 8, 160, SMALL_VOCABULARY, quantize=4, goal=1.0),
     Case("equal lengths, large vocabulary", 16, MEMORY_LENGTH, LARGE_VOCABULARY, goal=1.0, memory_goal=0.3),
     Case("equal lengths, large vocabulary, prompts masked", 32, 160, LARGE_VOCABULARY, masked=True, goal=2.0),
     Case("all together", 64, 0, LARGE_VOCABULARY, masked=True, trained=BLOCKS // 2, epochs=3, goal=5.0),
