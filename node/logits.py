@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_BYTES, _FEWEST = 16 << 20, 32
+_BYTES, _FEWEST = 8 << 20, 32
 # A GPU is kept busy by larger products; of 128 rows they are bound by its arithmetic, no more by reading the head.
 _BYTES_ON_GPU, _FEWEST_ON_GPU = 64 << 20, 128
 _MOST = 1024
