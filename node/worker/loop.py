@@ -186,6 +186,12 @@ class Worker:
                 clear_cache_threshold=job.clear_cache_threshold,
                 prefix_folder=Path(job.folder) if job.reuse_prefix else None,
             )
+            below = self._trainer.prefix
+            if below is not None and below.kept is not None:
+                kept = f"the {below.blocks} frozen layers below" if below.blocks > 1 else "the frozen layer below"
+                notes.append(
+                    f"what {kept} make of a row is kept for its next epoch (--reuse-prefix off computes it again)"
+                )
             self._copier = Copier(Path(job.folder), self._inbox.send)
         self._model = model
         self._loss = self._trainer.loss if self._trainer is not None else None

@@ -38,11 +38,13 @@ class Prefix:
 
     Args:
         cut: of the model, where the last of them ends.
+        blocks: how many they are.
         kept: where their outputs are kept, or None.
     """
 
-    def __init__(self, cut: Cut, kept: Kept | None) -> None:
+    def __init__(self, cut: Cut, blocks: int, kept: Kept | None) -> None:
         self.cut = cut
+        self.blocks = blocks
         self.kept = kept
 
     @classmethod
@@ -66,7 +68,7 @@ class Prefix:
         # Blocks that share keys, values or embeddings with those below need more than the last one's output.
         if not cut.holds(mx.arange(1, 9, dtype=mx.int32)[None]):
             return None
-        return cls(cut, None if folder is None else Kept(folder))
+        return cls(cut, trained[0], None if folder is None else Kept(folder))
 
     def outputs(self, rows: Rows, inputs: mx.array, *, keep: bool = True) -> mx.array:
         """(rows, length, features) what the blocks give; positions of padding hold anything finite.

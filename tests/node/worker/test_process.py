@@ -219,3 +219,24 @@ def test_a_worker_leaves_when_its_parent_is_killed_in_the_middle_of_a_step(tmp_p
         if not gone:
             os.kill(worker, signal.SIGKILL)
         assert gone
+
+
+def test_kept_outputs_of_frozen_layers_are_told(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama", layers=3)
+
+    async def work(worker: LocalWorker) -> None:
+        for layers, reuse, told in (
+            (1, True, "2 frozen layers"),
+            (2, True, "frozen layer below"),
+            (1, False, ""),
+            (-1, True, ""),
+        ):
+            tuning = dataclasses.replace(TUNING, num_layers=layers)
+            await worker.send(
+                Setup(dataclasses.replace(job(model, tmp_path / "job", reuse_prefix=reuse), tuning=tuning))
+            )
+            notes = (await until(worker, Ready)).notes
+            assert len(notes) == bool(told)
+            assert all(told in note and "--reuse-prefix" in note for note in notes)
+
+    with_worker(tmp_path / "job", work)
