@@ -26,22 +26,16 @@ class _StandIn:
         return getattr(self.module, name)
 
 
-class _Recorder(_StandIn):
-    """Notes what the module gives; with ``last`` nothing follows it."""
+class _Reached(Exception):
+    """The module at the cut has given its output: the way out of the model's code."""
 
-    def __init__(self, module: nn.Module, *, last: bool = False) -> None:
-        super().__init__(module)
-        self.last = last
+
+class _Recorder(_StandIn):
+    """Notes what the module gives; nothing follows it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.output = self.module(*args, **kwargs)
-        if self.last:
-            raise _Reached
-        return self.output
-
-
-class _Reached(Exception):
-    """The module at the cut has given its output: the way out of the model's code."""
+        raise _Reached
 
 
 class _Given(_StandIn):
@@ -97,16 +91,9 @@ class Cut:
                         return cls(model, held, place, range(place))
         raise KeyError(f"block {index} is in no list")
 
-    def both(self, inputs: mx.array) -> tuple[Any, Any]:
-        """What the module and what the whole model give for (rows, length) token ids."""
-        recorder = _Recorder(self._parent[self._name])
-        with self._in_place({self._name: recorder}):
-            whole = self._model(inputs)
-        return recorder.output, whole
-
     def before(self, inputs: mx.array) -> mx.array:
         """What the module gives for (rows, length) token ids."""
-        recorder = _Recorder(self._parent[self._name], last=True)
+        recorder = _Recorder(self._parent[self._name])
         with self._in_place({self._name: recorder}), contextlib.suppress(_Reached):
             self._model(inputs)
         return recorder.output
@@ -139,7 +126,8 @@ class Cut:
 
     def holds(self, tokens: mx.array) -> bool:
         """Whether both parts together are the model, for (1, length) token ids, up to rounding."""
-        output, whole = self.both(tokens)
+        # Of the model as it is: its code may ask what a block is, and a stand-in is none.
+        whole, output = self._model(tokens), self.before(tokens)
         if not isinstance(output, mx.array) or output.ndim != 3:
             return False
         return close(self.after(output), whole)

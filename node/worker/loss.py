@@ -199,12 +199,13 @@ def _trains_its_head(model: nn.Module) -> bool:
 def _find_head(model: nn.Module) -> _Head | None:
     """The model's head, where logits of hidden states are found to be those that the whole model gives."""
     tokens = mx.arange(1, 9, dtype=mx.int32)[None]
+    logits = model(tokens)
     for path in BODIES:
         try:
             cut = Cut.at(model, path)
         except KeyError:
             continue
-        hidden, logits = cut.both(tokens)
+        hidden = cut.before(tokens)
         if not isinstance(hidden, mx.array) or hidden.ndim != 3:
             continue
         # Of some positions in another order: nothing that the head does may depend on where a position stands.

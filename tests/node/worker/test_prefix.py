@@ -116,6 +116,20 @@ def test_blocks_that_share_more_than_their_output_are_not_parted(
     assert trained(model).trainer.prefix is None
 
 
+def test_code_that_asks_what_a_block_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As hybrids of attention and recurrence may: what stands in for a block is none."""
+    from mlx_lm.models.llama import LlamaModel, TransformerBlock
+
+    plain = LlamaModel.__call__
+
+    def asking(self: Any, *given: Any, **more: Any) -> Any:
+        blocks = sum(isinstance(block, TransformerBlock) for block in self.layers)
+        return plain(self, *given, **more) * blocks
+
+    monkeypatch.setattr(LlamaModel, "__call__", asking)
+    assert trained(tiny_model(tmp_path / "model", "llama", layers=4)).trainer.prefix is None
+
+
 def test_what_does_not_fit_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path / "model", "llama", layers=4)
     monkeypatch.setattr(prefix, "MOST_BYTES", 3 * 24 * 64 * 4)
