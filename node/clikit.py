@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import select
@@ -18,6 +17,7 @@ from click.shell_completion import shell_complete
 from node.errors import Interrupted, TandemError
 from node.in_use import hold
 from node.log_file import logged
+from node.stdio import ERROR, OUTPUT, give_up, prepare_streams
 
 PIPE_CLOSED = 141  # what a shell reports for a process that SIGPIPE ended
 
@@ -97,12 +97,13 @@ def run_cli(group: click.Command, argv: Sequence[str] | None = None, prog_name: 
         0 done, 1 failed, 2 the user's mistake, 130 stopped by Ctrl-C. With ``TANDEM_DEBUG=1`` in the environment
         errors of ours are raised instead, with their traceback.
     """
+    prepare_streams()
     hold()
     name = prog_name or Path(sys.argv[0]).name
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if wanted := os.environ.get(f"_{name}_COMPLETE".replace("-", "_").upper()):
-        return shell_complete(group, {}, name, f"_{name}_COMPLETE".upper(), wanted)
     try:
+        if wanted := os.environ.get(f"_{name}_COMPLETE".replace("-", "_").upper()):
+            return shell_complete(group, {}, name, f"_{name}_COMPLETE".upper(), wanted)
         with logged(name, arguments), group.make_context(name, list(arguments)) as context:
             group.invoke(context)
         sys.stdout.flush()
@@ -139,14 +140,18 @@ def _usage(error: click.ClickException) -> int:
 
 def _system(error: OSError) -> int:
     """What the operating system refused and nobody below gave words to; without a file it is a fault of ours."""
-    if error.filename is None or os.environ.get("TANDEM_DEBUG") == "1":
+    if error.filename in (OUTPUT, ERROR):
+        give_up(error.filename)
+    elif error.filename is None or os.environ.get("TANDEM_DEBUG") == "1":
         raise error
     return _say(f"error: {error.filename}: {error.strerror}", TandemError.exit_code)
 
 
 def _say(line: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # the terminal may be gone; the exit code still says how it ended
+    try:
         click.echo(line, err=True)
+    except OSError:  # the terminal may be gone; the exit code still says how it ended
+        give_up(ERROR)
     return code
 
 
