@@ -128,16 +128,21 @@ class Selection:
     """Whom to ask to train.
 
     Attributes:
-        nodes: all have answered and fit; a node of this ``TANDEM_HOME`` among them if one serves.
+        nodes: all have answered and fit; a node of this ``TANDEM_HOME`` among them if one serves, unless this machine
+            is not to take part. Then only those that are named are.
         left_out: who is there, or should be, and cannot be used.
         looked_seconds: how long it was looked.
         trouble: why Bonjour found nothing, or "".
+        giver: a node of this ``TANDEM_HOME``, which gives the model whether it trains or not; None where none serves.
+        not_local: labels of those that ``auto`` would mean if this machine took part.
     """
 
     nodes: tuple[SeenNode, ...]
     left_out: tuple[LeftOut, ...]
     looked_seconds: float
     trouble: str = ""
+    giver: SeenNode | None = None
+    not_local: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,13 +209,15 @@ def protocol_problem(name: str, version: str, protocol: int | None) -> str:
     return f"runs mlx-tandem {version}, too new for {ours} here; on this machine: pip install 'mlx-tandem=={version}'"
 
 
-async def select(wanted: str, *, home: Path | None = None, ours: Facts | None = None) -> Selection:
-    """Whom a training may ask, for ``--nodes``. A node of this ``TANDEM_HOME`` that serves is always among them.
+async def select(wanted: str, *, local: bool = True, home: Path | None = None, ours: Facts | None = None) -> Selection:
+    """Whom a training may ask, for ``--nodes``. A node of this ``TANDEM_HOME`` that serves is always among them, unless
+    this machine is not to take part: then it has to be named.
 
     Busy nodes are: whether to stand in line is decided when they are asked.
 
     Args:
         wanted: value of ``--nodes``.
+        local: whether this machine takes part.
         home: the ``TANDEM_HOME``; None takes the program's.
         ours: this machine's facts, for its versions; None looks.
 
@@ -220,16 +227,22 @@ async def select(wanted: str, *, home: Path | None = None, ours: Facts | None = 
     parsed = parse_wanted(wanted)
     found = await look(parsed, home=home, seconds=SELECT_SECONDS, patience=PATIENCE_SECONDS, least=SELECT_LEAST_SECONDS)
     here = ours if ours is not None else await asyncio.to_thread(facts)
-    nodes, left_out = [], []
+    nodes, left_out, not_local = [], [], []
+    giver: SeenNode | None = None
+    asked = named(parsed, found)
     for seen in choose(parsed, found):
         reason = unusable(seen, here)
         if reason.startswith(NOT_PAIRED) and {seen.name, seen.label, seen.id} & set(parsed.names):
             raise UserError(f"--nodes {seen.label}: {reason}")
-        if reason:
+        if not reason and seen.own:
+            giver = giver or seen
+        if seen.own and not local and seen not in asked:
+            not_local += [seen.label] if parsed.auto and not reason else []
+        elif reason:
             left_out.append(LeftOut(seen.label, reason))
         else:
             nodes.append(seen)
-    return Selection(tuple(nodes), tuple(left_out), found.seconds, found.trouble)
+    return Selection(tuple(nodes), tuple(left_out), found.seconds, found.trouble, giver, tuple(not_local))
 
 
 def unusable(seen: SeenNode, ours: Facts) -> str:
@@ -251,16 +264,25 @@ def choose(wanted: Wanted, found: Found) -> tuple[SeenNode, ...]:
         UserError: a name that nobody has, or several; an address where nobody answers.
     """
     own = [seen for seen in found.nodes if seen.own]
-    chosen = list(found.nodes) if wanted.auto else []
-    chosen += [_named(name, found) for name in wanted.names]
+    chosen = [*(found.nodes if wanted.auto else ()), *named(wanted, found)]
+    if not any(seen.own for seen in chosen):
+        chosen = own[:1] + chosen
+    return tuple(dict.fromkeys(chosen))
+
+
+def named(wanted: Wanted, found: Found) -> list[SeenNode]:
+    """Those that ``--nodes`` calls by name, id or address.
+
+    Raises:
+        UserError: as ``choose``.
+    """
+    called = [_named(name, found) for name in wanted.names]
     for address in wanted.addresses:
         seen = next((seen for seen in found.nodes if address in seen.by_hand.split()), None)
         if seen is None or seen.problem == SILENT:
             raise UserError(f"--nodes {address}: nobody answers there; run `node serve` there, which shows its port")
-        chosen.append(seen)
-    if not any(seen.own for seen in chosen):
-        chosen = own[:1] + chosen
-    return tuple(dict.fromkeys(chosen))
+        called.append(seen)
+    return called
 
 
 def _named(name: str, found: Found) -> SeenNode:

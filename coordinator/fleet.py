@@ -66,6 +66,7 @@ KEPT_SECONDS = 5.0
 """For a machine to see its lost worker out and to say what it keeps of it, when nobody holds the newest state."""
 STEPS_LOOKED_AT = 16
 UNPAIRED = "paired with this machine no more"
+NOT_LOCAL = "it is on this machine, which --no-local leaves out; --nodes with its name has it train"
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ async def looking(
 async def _look(config: TrainConfig, reader: Reader, *, plan_only: bool) -> Selection | None:
     if config.nodes == "local" and not plan_only:
         return None
-    selection = await select(config.nodes)
-    able = [node for node in selection.nodes if config.local or not node.own]
+    selection = await select(config.nodes, local=config.local)
+    able = selection.nodes
     names = ", ".join(node.label or node.name for node in able)
     looked = f"looked {selection.looked_seconds:.1f} s"
     here = 1 if config.local and not (able and running_nodes(home())) else 0
@@ -147,8 +148,10 @@ async def _look(config: TrainConfig, reader: Reader, *, plan_only: bool) -> Sele
     if count < max(config.min_nodes, 1):
         raise TooFewNodes(
             f"{count} of --min-nodes {config.min_nodes} machines {'is' if count == 1 else 'are'} there ({looked}):"
-            f" {_reasons(selection.left_out)}"
+            f" {_reasons([*selection.left_out, *((name, NOT_LOCAL) for name in selection.not_local)])}"
         )
+    for name in selection.not_local:  # as was asked for: no warning
+        reader.handle(Noted("left_out", f"{name} is left out: {NOT_LOCAL}", details={"node": name}))
     for name, reason in selection.left_out:
         reader.handle(_left_out(name, reason))
     if able:
@@ -268,12 +271,11 @@ class Fleet:
     async def _meet(self) -> None:
         """Clients for all that were selected, and this machine among them."""
         own = home()
+        giver = self._selection.giver
+        if giver is not None and giver.info is not None:
+            self._giver = (giver.address, giver.info)
         for seen in self._selection.nodes:
             assert seen.info is not None, "nodes that did not answer are not selected"
-            if seen.own and self._giver is None:
-                self._giver = (seen.address, seen.info)
-            if seen.own and not self._wanted.config.local:
-                continue
             info = dataclasses.replace(seen.info, name=seen.label or seen.name)
             self._nodes.append(_Node(seen, NodeClient(seen.address, info.name, seen.certificate), info))
         if self._giver is None:

@@ -9,6 +9,7 @@ import re
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,6 +320,30 @@ def test_who_cannot_train_is_left_out_with_the_reason() -> None:
                 got = await select(f"127.0.0.1:{port}", ours=FACTS)
             assert [tuple(left) for left in got.left_out] == ([(name, reason)] if reason else []), name
             assert [node.name for node in got.nodes] == ([] if reason else [name])
+
+    asyncio.run(run())
+
+
+def test_own_nodes_train_without_this_machine_only_when_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def names(wanted: str, *, local: bool) -> tuple[list[str], tuple[str, ...], str]:
+        got = await select(wanted, local=local, ours=FACTS)
+        assert got.left_out == ()
+        return [node.name for node in got.nodes], got.not_local, got.giver.name if got.giver is not None else ""
+
+    async def run() -> None:
+        one, two, other = told("Amber"), told("Birch"), told("Mini")
+        async with telling(one) as port, telling(two) as second, telling(other) as third:
+            serving = [SimpleNamespace(id=one.id, address=f"127.0.0.1:{port}")]
+            serving.append(SimpleNamespace(id=two.id, address=f"127.0.0.1:{second}"))
+            monkeypatch.setattr(discovery, "running_nodes", lambda home: serving)
+            mini = f"127.0.0.1:{third}"
+            assert await names("Birch", local=False) == (["Birch"], (), "Birch")
+            assert await names("Amber,Birch", local=False) == (["Amber", "Birch"], (), "Amber")
+            assert await names(f"127.0.0.1:{second}", local=False) == (["Birch"], (), "Birch")
+            assert await names(f"auto,{mini}", local=False) == (["Mini"], ("Amber", "Birch"), "Amber")
+            assert await names("auto,birch", local=False) == (["Birch", "Mini"], ("Amber",), "Amber")
+            assert await names(mini, local=False) == (["Mini"], (), "Amber"), "nobody asked for the others"
+            assert await names(mini, local=True) == (["Amber", "Mini"], (), "Amber")
 
     asyncio.run(run())
 

@@ -47,8 +47,10 @@ def look(
 ) -> Selection | None:
     """What comes of looking, when these are there."""
 
-    async def select(wanted: str) -> Selection:
-        return Selection(nodes, left_out, 1.0)
+    async def select(wanted: str, *, local: bool) -> Selection:
+        not_local = [node.label for node in nodes if node.own and not local]
+        chosen = tuple(node for node in nodes if node.label not in not_local)
+        return Selection(chosen, left_out, 1.0, not_local=tuple(not_local))
 
     monkeypatch.setattr(fleet, "select", select)
     monkeypatch.setattr(fleet, "running_nodes", lambda home: [node for node in nodes if node.own])
@@ -67,6 +69,15 @@ PAUSED = LeftOut("Air", "paused")
         ((seen("Mini"),), (PAUSED,), {}, "2 of --min-nodes 9 machines are there (looked 1.0 s): Air: paused"),
         ((seen("Mini"),), (), {"local": False}, "1 of --min-nodes 9 machines is there (looked 1.0 s): no other"),
         ((), (), {"local": False}, "0 of --min-nodes 9 machines are there (looked 1.0 s): no other was found"),
+        (
+            (seen("Own", own=True),),
+            (PAUSED,),
+            {"local": False},
+            (
+                "0 of --min-nodes 9 machines are there (looked 1.0 s): Air: paused; Own: it is on this machine, which"
+                " --no-local leaves out"
+            ),
+        ),
     ],
 )
 def test_too_few_are_said_before_anything_is_sent(
@@ -86,6 +97,8 @@ def test_enough_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert look(monkeypatch, (seen("Mini"),), min_nodes=2) is not None
     assert look(monkeypatch, (seen("Own", own=True), seen("Mini")), min_nodes=2) is not None
     assert look(monkeypatch, (), min_nodes=1) is None, "this machine alone"
+    assert look(monkeypatch, (seen("Own", own=True), seen("Mini")), heard=(heard := Heard()), local=False) is not None
+    assert heard.messages[0].startswith("Own is left out: it is on this machine, which --no-local leaves out")
 
 
 def test_a_reason_never_lacks() -> None:

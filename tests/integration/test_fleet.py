@@ -12,6 +12,7 @@ import pytest
 from coordinator.api import train
 from coordinator.config import TrainConfig
 from node.client import NodeClient
+from node.home import home
 from node.info import NodeInfo
 from tests.fixtures.nodes import ServingNode, loopback, serving
 from tests.fixtures.processes import command_of
@@ -105,6 +106,24 @@ def test_nodes_are_called_by_name(
         run = Run(*arguments(inputs, tmp_path / "adapters", "--nodes", "ben,anna", "--no-local"))
         code, errors = run.wait()
     assert code == 0, errors
+    assert {len(entry["per_node"]) for entry in metrics(tmp_path / "adapters") if "loss" in entry} == {2}
+    assert_same_curve(tmp_path / "adapters", reference)
+
+
+@pytest.mark.slow
+def test_nodes_of_this_machine_train_without_it_when_they_are_named(
+    inputs: Path, fleet: dict[str, str], reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    with (
+        ServingNode("amber", home(), environment=fleet, friends=[]),
+        ServingNode("birch", home(), environment=fleet, friends=[]) as birch,
+    ):
+        named = Run(*arguments(inputs, tmp_path / "adapters", "--nodes", f"amber,{birch.address}", "--no-local"))
+        code, errors = named.wait()
+        assert code == 0, errors
+        code, errors = Run(*arguments(inputs, tmp_path / "none", "--nodes", "auto", "--no-local")).wait()
+        assert code == 3
+        assert "amber: it is on this machine, which --no-local leaves out" in one_line(errors)
     assert {len(entry["per_node"]) for entry in metrics(tmp_path / "adapters") if "loss" in entry} == {2}
     assert_same_curve(tmp_path / "adapters", reference)
 
