@@ -6,6 +6,8 @@ import importlib
 import os
 import select
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,15 +157,37 @@ def _say(line: str, code: int) -> int:
     return code
 
 
+def wait_while_read(seconds: float) -> None:
+    """Pass so much time, but none for a reader of our output who has left: who only shows something has no work then.
+
+    Raises:
+        BrokenPipeError: the reader is gone.
+    """
+    began = time.monotonic()
+    if _is_closed(_output(), seconds):
+        raise BrokenPipeError
+    # What cannot be polled answers at once, as devices do on a Mac.
+    threading.Event().wait(max(0.0, seconds - (time.monotonic() - began)))
+
+
 def _reader_is_gone() -> bool:
     """Whether whoever read our output has closed it (``| head``); if so, nothing more is tried at exit."""
+    if gone := _is_closed(_output(), 0.0):
+        give_up(OUTPUT)
+    return gone
+
+
+def _output() -> int | None:
     try:
-        output = sys.stdout.fileno()
+        return sys.stdout.fileno()
     except (OSError, ValueError):
+        return None
+
+
+def _is_closed(output: int | None, seconds: float) -> bool:
+    """Whether the other end of a pipe or terminal is closed, or will be within so many seconds."""
+    if output is None:
         return False
     watch = select.poll()
     watch.register(output, 0)
-    if not any(state & (select.POLLERR | select.POLLHUP) for _, state in watch.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in watch.poll(seconds * 1000))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from node.clikit import wait_while_read
 from node.errors import Interrupted, TandemError, UserError, error_of
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 
 HELP = """Show a run that is at work elsewhere on this Mac, as `train` shows it, to its end.
 
-RUN is an id, the beginning of one, a folder, or `last`. Ctrl-C ends the watching and leaves the run alone. Exit codes
-are those of the run.
+RUN is an id, the beginning of one, a folder, or `last`. Ctrl-C ends the watching and leaves the run alone, as does
+a reader who leaves (`| head`). Exit codes are those of the run.
 """
 
 
@@ -25,8 +26,6 @@ are those of the run.
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per event.")
 def watch(run: str, quiet: bool, plain: bool, as_json: bool) -> None:
     """Watch a run."""
-    import threading
-
     from coordinator.running.follow import follow
     from coordinator.running.known import STATES, resolve
     from coordinator.stream import FAILED, STOPPED
@@ -40,7 +39,7 @@ def watch(run: str, quiet: bool, plain: bool, as_json: bool) -> None:
         raise UserError(line) if found.opened else _own_error(found, line)
     view = make_view(mode, facts().total_memory_bytes or 0)
     try:
-        finished = follow(found, view, threading.Event().wait)
+        finished = follow(found, view, wait_while_read)
     except KeyboardInterrupt:
         view.close()
         click.echo(f"\nno longer watching; the run goes on (coordinator stop {found.run} stops it)", err=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,24 @@ def test_files_of_an_older_version_or_damaged_ones(tmp_path: Path, entry: dict[s
     followed.close()
     assert isinstance(told.events[0], RunStarted)
     assert followed.finished is not None
+
+
+@pytest.mark.parametrize("options", [(), ("--plain",), ("--json",), ("--quiet",)])
+def test_watching_ends_when_nobody_reads_any_more(options: tuple[str, ...], tmp_path: Path) -> None:
+    folder = make_run("r1", tmp_path / "adapters", [2.0, 1.5], status="running")
+    script = [sys.executable, "-P", "-c", "import sys; from coordinator.cli import main; sys.exit(main())"]
+    with present("r1", folder, "tiny", signals=True):
+        watching = subprocess.Popen(
+            [*script, "watch", "r1", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert watching.stdout is not None
+            assert watching.stderr is not None
+            if "--quiet" not in options:  # then it has nothing to say
+                assert watching.stdout.readline()
+            watching.stdout.close()
+            assert watching.wait(30) == 141
+            assert watching.stderr.read() == ""
+        finally:
+            watching.kill()
+            watching.communicate()
