@@ -367,6 +367,11 @@ class _Job:
         if self.selection is None:
             for warning in check_memory(largest, model, train.longest):
                 self.reader.handle(Noted("warning", warning, "warning"))
+        if resumed is not None and self.program.total_iters < resumed.progress.iteration:
+            raise UserError(
+                f"--iters {self.program.total_iters}: the run has done {resumed.progress.iteration} already; give more"
+                " to go on with it, or use what it has saved as it is"
+            )
         if resumed is not None and self.program.last_iter(resumed.progress.step) != resumed.progress.iteration:
             raise UserError(
                 f"--iters {config.iters}: the run ended within a step of --grad-accumulation-steps"

@@ -250,3 +250,13 @@ def test_a_step_that_was_cut_short_by_the_end_cannot_be_taken_up_again(inputs: P
     assert code == 2
     assert "--iters 8" in errors
     assert "--grad-accumulation-steps 2" in errors
+
+
+def test_fewer_steps_than_were_done_are_refused_and_said_to_be(inputs: Path, reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(reference, folder)
+    before = losses(folder)
+    code, errors = Run("train", "--resume", "--adapter-path", folder, "--iters", str(ITERS - 1)).wait()
+    assert code == 2
+    assert f"--iters {ITERS - 1}: the run has done {ITERS} already; give more to go on" in errors
+    assert losses(folder) == before
