@@ -24,6 +24,7 @@ class Remembered:
         id, name: of the node.
         fleet: ``TANDEM_FLEET`` at that time.
         seen: when it answered last; seconds since 1970.
+        home: of the node; "" where an older version has noted it.
     """
 
     address: str
@@ -31,6 +32,7 @@ class Remembered:
     name: str
     fleet: str
     seen: float
+    home: str = ""
 
 
 def split_address(text: str) -> tuple[str, int] | None:

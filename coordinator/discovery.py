@@ -341,7 +341,7 @@ async def look(
     )
     now = time.time()
     answered = [
-        Remembered(address, seen.id, seen.name, fleet(), now)
+        Remembered(address, seen.id, seen.name, fleet(), now, seen.home)
         for seen in found.nodes
         if seen.info is not None
         for address in seen.by_hand.split()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from coordinator import addresses
 from coordinator.discovery import (
     PATIENCE_SECONDS,
     SELECT_LEAST_SECONDS,
@@ -25,6 +26,7 @@ from coordinator.doctor.checks import Measured, check_links, check_together
 from coordinator.doctor.machine import Clock, Examined, Machine, clock_of
 from coordinator.links import measure_links
 from coordinator.view.format import one_line, shortened
+from node.advert import fleet
 from node.client import NodeClient
 from node.daemon import Daemon
 from node.doctor.finding import Diagnosis, Finding, Wanted
@@ -34,7 +36,7 @@ from node.hardware import Facts, facts
 from node.identity import credentials
 from node.info import NodeInfo
 from node.names import usable_name
-from node.peers import Peers
+from node.peers import Peer, Peers
 
 LINK_SECONDS = 0.2
 MOST_FINDINGS, MOST_CHARACTERS = 100, 600
@@ -62,10 +64,14 @@ async def examine_fleet(wanted: str, home: Path) -> Examined:
         UserError: a name that nobody has, or several.
     """
     parsed = parse_wanted(wanted)
+    last = _last_addresses(home, besides=parsed.addresses) if parsed.auto else {}
+    # Who is given must answer, or its silence is told.
+    asked = replace(parsed, addresses=(*parsed.addresses, *last))
     found, ours = await asyncio.gather(
-        look(parsed, home=home, seconds=SELECT_SECONDS, patience=PATIENCE_SECONDS, least=SELECT_LEAST_SECONDS),
+        look(asked, home=home, seconds=SELECT_SECONDS, patience=PATIENCE_SECONDS, least=SELECT_LEAST_SECONDS),
         asyncio.to_thread(facts),
     )
+    found = _with_peers(found, last)
     # An address where nobody answers is what a doctor is asked for.
     chosen = choose(replace(parsed, addresses=()), found) if parsed.names else found.nodes
     by_hand = [seen for seen in found.nodes if set(seen.by_hand.split()) & set(parsed.addresses)]
@@ -73,8 +79,35 @@ async def examine_fleet(wanted: str, home: Path) -> Examined:
     async with _known(nodes, home, ours) as known:
         machines = list(await asyncio.gather(*(_diagnose(one, known) for one in known)))
         measured = await _measure(known, machines)
-    machines += await asyncio.gather(*(_without_answer(seen) for seen in nodes if seen.info is None))
+    machines += await asyncio.gather(
+        *(_without_answer(seen, remembered=seen.by_hand in last) for seen in nodes if seen.info is None)
+    )
     return _judge(machines, measured, ours, _general(found, nodes, home, parsed.auto))
+
+
+def _last_addresses(home: Path, besides: Sequence[str]) -> dict[str, Peer]:
+    """Where paired machines have answered last, as far as that is remembered, but for these addresses."""
+    known = addresses.load(home, fleet())
+    found = {}
+    for peer in Peers(home).all():
+        for entry in known:
+            if entry.home == peer.home or (not entry.home and entry.name == peer.name):
+                found[entry.address] = peer
+                break
+    return {address: peer for address, peer in found.items() if address not in besides}
+
+
+def _with_peers(found: Found, last: Mapping[str, Peer]) -> Found:
+    """Call those by their names who are silent at their last address; who was found elsewhere is not missing."""
+    there = {seen.home for seen in found.nodes}
+    nodes = []
+    for seen in found.nodes:
+        peer = last.get(seen.by_hand) if seen.info is None else None
+        if peer is None:
+            nodes.append(seen)
+        elif peer.home not in there:
+            nodes.append(replace(seen, home=peer.home, name=peer.name, label=peer.name))
+    return replace(found, nodes=tuple(nodes))
 
 
 def _judge(machines: Sequence[Machine], measured: Measured, ours: Facts, general: tuple[Finding, ...]) -> Examined:
@@ -91,7 +124,7 @@ def _general(found: Found, nodes: Sequence[SeenNode], home: Path, auto: bool) ->
     told = []
     if found.trouble:
         told.append(Finding("multicast", "warning", f"{found.trouble}: only known addresses were asked"))
-    if not any(not seen.own for seen in nodes):
+    if auto and not any(not seen.own for seen in nodes):
         told.append(Finding("nodes", "warning", f"no other node found, looked {found.seconds:.1f} s", what_to_do()))
     if auto:
         homes = {seen.home for seen in found.nodes}
@@ -171,10 +204,17 @@ async def _measure(known: Sequence[_Known], machines: Sequence[Machine]) -> Meas
     return Measured(paths, busy)
 
 
-async def _without_answer(seen: SeenNode) -> Machine:
+async def _without_answer(seen: SeenNode, *, remembered: bool) -> Machine:
     """A machine that did not say what it is; if nothing tells why, whether a connection gets there is tried."""
     problem = seen.problem or SILENT
     answer = None
     if problem == SILENT:
         (answer,) = await reach([seen.address])
-    return Machine(one_line(seen.label or seen.name), seen.own, seen.address, problem=one_line(problem), answer=answer)
+    return Machine(
+        one_line(seen.label or seen.name),
+        seen.own,
+        seen.address,
+        problem=one_line(problem),
+        answer=answer,
+        remembered=remembered,
+    )

@@ -11,7 +11,7 @@ from coordinator.doctor.machine import Machine, outcome_at, refused_at
 from coordinator.links import Paths, worth_measuring
 from coordinator.view.format import one_line, shortened
 from node.doctor.finding import Finding, Outcome, Verdict
-from node.doctor.network_checks import MULTICAST_MEND, allow_mend
+from node.doctor.network_checks import MULTICAST_MEND, allow_mend, leave_mend
 from node.hardware import Facts
 
 CLOCK_WARNING_SECONDS, CLOCK_WRONG_SECONDS = 2.0, 60.0
@@ -64,7 +64,7 @@ def check_together(
         ours: of the machine that trains, for its versions.
     """
     if machine.diagnosis is None:
-        return (no_answer(machine),)
+        return (no_answer(machine, ours),)
     answered = [one for one in machines if one.diagnosis is not None]
     found = [versions(machine, ours), clock(machine, answered)]
     if len(answered) > 1:
@@ -72,9 +72,18 @@ def check_together(
     return tuple(finding for finding in found if finding is not None)
 
 
-def no_answer(machine: Machine) -> Finding:
-    """Why a machine gives no diagnosis."""
+def no_answer(machine: Machine, ours: Facts) -> Finding:
+    """Why a machine gives no diagnosis.
+
+    Args:
+        machine: this one.
+        ours: of the machine that asks, for what mends it there.
+    """
     problem, name = machine.problem or SILENT, shlex.quote(machine.label)
+    if machine.remembered and problem.startswith(NOT_PAIRED):
+        mend = f"run `node serve` on {machine.label}, wake it, or give its address: --nodes auto,HOST:PORT"
+        seen = f"it is paired, and was not found; another machine answers at its last address, {machine.address}"
+        return Finding("answer", "unknown", seen, mend)
     if problem.startswith(NOT_PAIRED):
         return Finding("pairing", "warning", "not paired with this machine", f"coordinator pair {name}")
     if FORGOTTEN in problem:
@@ -86,11 +95,16 @@ def no_answer(machine: Machine) -> Finding:
     outcome = machine.answer.outcome if machine.answer is not None else None
     seen = f"{machine.address}: {_ANSWERS[outcome]}"
     mend = {
-        "refuses": "run `node serve` there; it has ended without a word",
+        "refuses": "run `node serve` there, or give the port that it says there: --nodes HOST:PORT",
         "answers": f"it is frozen, overloaded, or another program: look at `node doctor` on {machine.label}",
-        "denied": "System Settings › Privacy & Security › Local Network on this Mac, or its firewall",
-    }.get(outcome or "", f"wake it, plug it in; or its firewall is in the way: {allow_mend(is_mac=True)}")
-    return Finding("answer", "wrong", seen, mend)
+        "denied": leave_mend(is_mac=_is_mac(ours)),
+    }.get(outcome or "", "wake it, plug it in; or its firewall is in the way: `node doctor` there says what opens it")
+    if not machine.remembered:
+        return Finding("answer", "wrong", seen, mend)
+    # Nobody has asked for it, and who is switched off is not at fault.
+    verdicts: Mapping[Outcome | None, Verdict] = {"answers": "wrong", "refuses": "warning", "denied": "warning"}
+    where = f"it is paired, and was not found; where it answered last, {seen}"
+    return Finding("answer", verdicts.get(outcome, "unknown"), where, mend)
 
 
 def versions(machine: Machine, ours: Facts) -> Finding | None:
@@ -155,7 +169,10 @@ def heard(machine: Machine, answered: Sequence[Machine]) -> Finding | None:
         return Finding("bonjour", "warning", f"it does not hear {', '.join(missed)}", MULTICAST_MEND)
     if not others:
         return Finding("bonjour", "unknown", "no other node could be heard, or hear it")
-    return Finding("bonjour", "ok", f"it hears {', '.join(one.label for one in others if one.advertised) or 'all'}")
+    heard_ones = [one.label for one in others if one.advertised]
+    if not heard_ones:
+        return Finding("bonjour", "unknown", "there is no other node that it could hear")
+    return Finding("bonjour", "ok", f"it hears {', '.join(heard_ones)}")
 
 
 def reachable(machine: Machine, answered: Sequence[Machine], measured: Measured) -> Finding:
@@ -163,7 +180,7 @@ def reachable(machine: Machine, answered: Sequence[Machine], measured: Measured)
     others = [one for one in answered if one is not machine]
     service = {one.label: outcome_at(one, machine.service_seen_from(one.info)) for one in others}
     relay = {one.label: _to_relay(one, machine, measured.paths) for one in others}
-    told, failing, outcomes = [], 0, set()
+    told, failing, outcomes, cut_off = [], 0, set(), set()
     for what, port, found in (
         ("service", machine.port, service),
         ("relay", machine.info.relay_port, relay),
@@ -171,14 +188,14 @@ def reachable(machine: Machine, answered: Sequence[Machine], measured: Measured)
         short = {label: outcome for label, outcome in found.items() if outcome not in ("answers", None)}
         if short:
             failing = max(failing, len(short))
+            cut_off |= set(short)
             outcomes |= set(short.values())
             who = ", ".join(f"{label} ({_ANSWERS[outcome]})" for label, outcome in short.items())
             told.append(f"the {what}'s port {port} is not reached by {who}")
     if told:
-        is_mac = (machine.info.facts.os or "").startswith("macOS")
-        mend = f"on {machine.label}: {allow_mend(is_mac=is_mac)}"
+        mend = f"on {machine.label}: {_opened(machine, [one for one in others if one.label in cut_off])}"
         if outcomes <= {"denied"}:
-            mend = "on those that ask: System Settings › Privacy & Security › Local Network; try `node doctor` there"
+            mend = "on those that ask: `node doctor` says what lets them out"
         elif outcomes <= {"refuses"}:
             mend = f"on {machine.label}: start `node serve` again"
         return Finding("reachable", "wrong" if failing == len(others) else "warning", "; ".join(told), mend)
@@ -192,6 +209,18 @@ def reachable(machine: Machine, answered: Sequence[Machine], measured: Measured)
         return Finding("reachable", "unknown", f"not tried by {', '.join(untried.values())}")
     ports = f"ports {machine.port} and {machine.info.relay_port}"
     return Finding("reachable", "ok", f"{ports} are reached by {', '.join(service)}")
+
+
+def _opened(machine: Machine, others: Sequence[Machine]) -> str:
+    """How others get through the firewall of a machine: as it says itself, which knows its program."""
+    said = machine.diagnosis.findings if machine.diagnosis is not None else ()
+    by_itself = next((finding.mend for finding in said if finding.check == "firewall" and finding.mend), "")
+    sources = [at.rpartition(":")[0] for one in others for at in one.service_seen_from(machine.info)[:1]]
+    return by_itself or allow_mend(is_mac=_is_mac(machine.info.facts), sources=sources)
+
+
+def _is_mac(facts: Facts) -> bool:
+    return (facts.os or "").startswith("macOS")
 
 
 def _to_relay(one: Machine, other: Machine, paths: Paths | None) -> Outcome | None:

@@ -39,6 +39,7 @@ class Machine:
         problem: why it did not, or "".
         clock: against ours; None unknown.
         answer: what came of a connection of our own, where it did not say anything; None not tried.
+        remembered: nobody says that it is there: it is paired, and has answered at this address once.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Machine:
     problem: str = ""
     clock: Clock | None = None
     answer: Reached | None = None
+    remembered: bool = False
 
     @property
     def info(self) -> NodeInfo:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from node import links
@@ -42,7 +43,7 @@ async def examine(home: Path, info: NodeInfo, serving: Serving, wanted: Wanted) 
         asyncio.to_thread(peer_names, home),
     )
     reached = await _reach(wanted.reach, heard.addresses, read.gateway)
-    seen = MachineFacts(info, read, found, room, serving, heard, reached, peers, needs)
+    seen = MachineFacts(info, read, found, room, serving, heard, reached, peers, needs, _networks(info))
     findings = check_machine(seen)
     # Who only hears of the addresses that it gave: what else is on this network is not for it.
     asked = tuple(item for item in reached if item.address in wanted.reach)
@@ -81,6 +82,15 @@ def this_machine() -> NodeInfo:
         interfaces=links.interfaces(),
         rdma=links.rdma_devices(),
     )
+
+
+def _networks(info: NodeInfo) -> tuple[str, ...]:
+    """By which others come to this node."""
+    outside = {item.address for item in info.interfaces if item.kind != "loopback"}
+    found = [
+        IPv4Network((at.address, at.prefix), strict=False) for at in links.system_addresses() if at.address in outside
+    ]
+    return tuple(dict.fromkeys(map(str, found)))
 
 
 async def _reach(given: Sequence[str], heard: Sequence[str], gateway: str) -> tuple[Reached, ...]:

@@ -90,6 +90,7 @@ class MachineFacts:
         reached: of others on the network, and the router.
         peers: names of the machines that it is paired with; None unknown.
         needs: versions that this program asks for, by package; ``python`` among them.
+        networks: that it is on, loopback aside: ``192.168.1.0/24``.
     """
 
     info: NodeInfo
@@ -101,6 +102,7 @@ class MachineFacts:
     reached: tuple[Reached, ...] = ()
     peers: tuple[str, ...] | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
+    networks: tuple[str, ...] = ()
 
 
 def needed_versions(distribution: str = "mlx-tandem") -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from node.doctor.facts import MachineFacts
 from node.doctor.finding import REACHED, Finding
@@ -19,20 +19,31 @@ MULTICAST_MEND = (
 )
 
 
-def allow_mend(*, is_mac: bool, python: str | None = None) -> str:
+def allow_mend(*, is_mac: bool, python: str | None = None, sources: Sequence[str] = ()) -> str:
     """How connections to this program are let through the firewall of its machine.
 
     Args:
         is_mac: whether that is macOS's.
-        python: the program; None leaves the place open, for another machine.
+        python: the program; None where it is not known.
+        sources: addresses or networks that connections come from, where it is not macOS's.
     """
     if not is_mac:
-        return "let TCP from the local network through: sudo ufw allow from NETWORK, or as your firewall has it"
-    name = shlex.quote(python) if python else "PYTHON"
-    return (
-        f"sudo {FIREWALL} --add {name} --unblockapp {name}, or System Settings › Network › Firewall › Options: allow"
-        " Python; then start `node serve` again"
-    )
+        # Not the ports: the relay has another one each time.
+        commands = " && ".join(f"sudo ufw allow proto tcp from {source}" for source in dict.fromkeys(sources))
+        return f"{commands}, or as your firewall has it" if commands else "let TCP from the local network through"
+    name = shlex.quote(python) if python else ""
+    command = f"sudo {FIREWALL} --add {name} --unblockapp {name}, or " if name else ""
+    return f"{command}System Settings › Network › Firewall › Options: allow Python; then start `node serve` again"
+
+
+def leave_mend(*, is_mac: bool) -> str:
+    """How this program is let out to others by the system of its machine."""
+    if is_mac:
+        return (
+            "System Settings › Privacy & Security › Local Network: switch the program on that starts it (Terminal,"
+            " Python); where launchd starts it, let it run as a LaunchDaemon with a UserName"
+        )
+    return "look at `ip route` and at the rules of the firewall for what goes out"
 
 
 def local_network(facts: MachineFacts) -> Finding:
@@ -45,14 +56,8 @@ def local_network(facts: MachineFacts) -> Finding:
         return Finding("local-network", "unknown", "there is no other machine to be reached, and no router")
     tried = ", ".join(f"{item.address} ({item.reason or item.outcome})" for item in outside[:3])
     if all(item.outcome == "denied" for item in outside):
-        if facts.readings.is_mac:
-            mend = (
-                "System Settings › Privacy & Security › Local Network: switch the program on that starts it (Terminal,"
-                " Python); where launchd starts it, let it run as a LaunchDaemon with a UserName"
-            )
-            return Finding("local-network", "wrong", f"macOS lets this program reach nobody: {tried}", mend)
-        mend = "look at `ip route` and at the rules of the firewall for what goes out"
-        return Finding("local-network", "wrong", f"the system lets this program reach nobody: {tried}", mend)
+        mend, who = leave_mend(is_mac=facts.readings.is_mac), "macOS" if facts.readings.is_mac else "the system"
+        return Finding("local-network", "wrong", f"{who} lets this program reach nobody: {tried}", mend)
     return Finding("local-network", "unknown", f"nobody answers: {tried}")
 
 
@@ -60,7 +65,9 @@ def firewall(facts: MachineFacts) -> Finding:
     """What the machine's own firewall does."""
     found, python = facts.readings.firewall, os.path.realpath(sys.executable)
     if not facts.readings.is_mac:
-        return Finding("firewall", "unknown", "its rules are not read; whether others get through is tried by them")
+        seen = "its rules are not read; whether others get through is tried by them"
+        mend = allow_mend(is_mac=False, sources=facts.networks) if facts.networks else ""
+        return Finding("firewall", "unknown", seen, mend)
     if found.on is None:
         return Finding("firewall", "unknown", "socketfilterfw does not tell whether it is on")
     if not found.on:

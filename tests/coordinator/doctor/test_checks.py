@@ -156,12 +156,55 @@ def test_a_port_that_nobody_reaches_is_its_machines_fault() -> None:
     finding = only("reachable", machines[2], machines, lost)
     assert finding.verdict == "wrong"
     assert finding.seen == "the relay's port 7 is not reached by anna (no answer), ben (no answer)"
-    assert "on cleo: sudo" in finding.mend
+    assert finding.mend.startswith("on cleo: System Settings › Network › Firewall")
+    assert "PYTHON" not in finding.mend, "nobody can type that"
     assert [only("reachable", one, machines, lost).verdict for one in machines[:2]] == ["ok", "ok"]
     service = reaches_cleo("refuses", ANNA, BEN, port=21617)
     finding = only("reachable", service[2], service)
     assert "the service's port 21617 is not reached by anna (nothing listens there)" in finding.seen
     assert "`node serve`" in finding.mend
+
+
+def test_what_opens_a_firewall_is_what_its_machine_says_or_its_systems_command() -> None:
+    lost = Measured(paths(("anna", "cleo"), ("ben", "cleo")))
+    machines = reaches_cleo("silent", ANNA, BEN)
+    itself = says(machines[2], findings=(Finding("firewall", "unknown", "on", "sudo firewall --add /opt/python"),))
+    assert only("reachable", itself, [*machines[:2], itself], lost).mend == "on cleo: sudo firewall --add /opt/python"
+    linux = says(machines[2], info=replace(CLEO.info, facts=replace(OURS, os="Debian 12")))
+    assert only("reachable", linux, [*machines[:2], linux], lost).mend == (
+        "on cleo: sudo ufw allow proto tcp from 10.0.0.1 && sudo ufw allow proto tcp from 10.0.0.2, or as your firewall"
+        " has it"
+    )
+    for system, words in (("macOS 26.2", "System Settings"), ("Debian 12", "ip route")):
+        assert words in no_answer(silent("denied"), replace(OURS, os=system)).mend
+    assert "without a word" not in no_answer(silent("refuses"), OURS).mend, "nobody knows that it ever ran there"
+
+
+def test_nobody_to_hear_is_not_good() -> None:
+    here = replace(says(ANNA, heard=("id-ben",)), advertised=False)  # it serves for the doctor only
+    machines = [here, says(BEN, heard=())]
+    assert only("bonjour", machines[0], machines).verdict == "ok"
+    assert only("bonjour", machines[1], machines) == Finding(
+        "bonjour", "unknown", "there is no other node that it could hear"
+    )
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "words"),
+    [
+        ("silent", "unknown", "10.0.0.3:21617: no answer"),
+        ("refuses", "warning", "10.0.0.3:21617: nothing listens there"),
+        ("answers", "wrong", "10.0.0.3:21617: it takes the connection, but nothing comes through"),
+        ("failed", "unknown", "10.0.0.3:21617: the connection fails"),
+    ],
+)
+def test_who_is_paired_and_missing_is_judged_by_its_last_address(outcome: Outcome, verdict: str, words: str) -> None:
+    finding = no_answer(replace(silent(outcome), remembered=True), OURS)
+    assert (finding.check, finding.verdict) == ("answer", verdict)
+    assert finding.seen == f"it is paired, and was not found; where it answered last, {words}"
+    other = replace(silent(None), problem=unpaired("10.0.0.3:21617"), remembered=True)
+    assert no_answer(other, OURS).verdict == "unknown"
+    assert "another machine answers at its last address, 10.0.0.3:21617" in no_answer(other, OURS).seen
 
 
 def test_a_port_that_one_reaches_not_is_a_warning_and_a_denied_one_is_the_askers() -> None:
@@ -257,7 +300,7 @@ def silent(outcome: Outcome | None) -> Machine:
     ],
 )
 def test_who_does_not_answer_is_named_with_the_reason(one: Machine, check: str, verdict: str, mend: str) -> None:
-    finding = no_answer(one)
+    finding = no_answer(one, OURS)
     assert (finding.check, finding.verdict) == (check, verdict)
     assert mend in finding.mend
     assert check_together(one, [one], Measured(), OURS) == (finding,)
