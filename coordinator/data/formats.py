@@ -91,7 +91,12 @@ def load_object(line: bytes) -> dict[str, Any]:
 def _explain(text: str, error: json.JSONDecodeError) -> str:
     if text in ("[", "{"):
         return "not one JSON object per line; `coordinator data convert` makes such a file from ordinary JSON"
-    return f"not valid JSON: {error.msg} at column {error.colno}"
+    return invalid_json(error)
+
+
+def invalid_json(error: json.JSONDecodeError) -> str:
+    """What is wrong with a line, and where; some of the parser's messages end in the word that belongs before that."""
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _refuse_lone_surrogates(value: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from coordinator.data.formats import UTF8_MARK, raw_lines
+from coordinator.data.formats import UTF8_MARK, invalid_json, raw_lines
 from coordinator.data.messages import kind_of
 from coordinator.data.rows import BadRow
 from node.errors import RowError, UserError
@@ -95,7 +95,7 @@ def _read_jsonl(path: Path) -> Table:
         try:
             row = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
-            raise RowError(path, number, f"not valid JSON: {error.msg} at column {error.colno}") from error
+            raise RowError(path, number, invalid_json(error)) from error
         except (RecursionError, ValueError) as error:
             raise RowError(path, number, f"not usable JSON: {error}") from error
         yield number, _as_row(row, path, number)

@@ -97,6 +97,7 @@ def message(**keys: Any) -> dict[str, Any]:
 
 BAD_ROWS: list[tuple[Any, str, str]] = [
     (b'{"text": "a"', "text", "not valid JSON"),
+    (b'{"text": "a', "text", "not valid JSON: Unterminated string starting at column 10"),
     (b"[", "text", "data convert"),
     (b'[{"text": "a"}]', "text", "must be a JSON object, not a list"),
     (b'"a"', "text", "must be a JSON object, not a string"),
