@@ -6,13 +6,14 @@ things to do meanwhile awaits ``start_training``, and calls the others by ``asyn
 
 from __future__ import annotations
 
-from coordinator.callbacks import CallbacksLike, as_tuple, call_back
+from coordinator.callbacks import Callbacks, CallbacksLike, as_tuple, call_back
 from coordinator.config import TrainConfig
 from coordinator.evaluation import TestOptions, TestResult
 from coordinator.evaluation import test as _test
 from coordinator.fusing import FuseOptions, FuseResult
 from coordinator.fusing import fuse as _fuse
 from coordinator.generation import Answer, GenerateOptions, answers
+from coordinator.given import check_given, check_view
 from coordinator.interrupts import Interrupts
 from coordinator.job import RunResult
 from coordinator.loop_thread import run_to_end
@@ -43,12 +44,11 @@ def train(
         Interrupted: stopped by Ctrl-C; the state is saved.
         TandemError: the run failed.
     """
-    return wait_for(Training(config, view, resume=resume), callbacks)
+    return wait_for(Training(config, view, resume=resume), as_tuple(callbacks))
 
 
-def wait_for(training: Training, callbacks: CallbacksLike) -> RunResult:
+def wait_for(training: Training, called: tuple[Callbacks, ...]) -> RunResult:
     """Begin a training, and do what ``train`` does meanwhile; see there."""
-    called = as_tuple(callbacks)
     with Interrupts(training.stop, training.abort) as interrupts:
         with training.start():
             if called:
@@ -65,6 +65,8 @@ def test(options: TestOptions, view: Reader | None = None) -> TestResult:
     Raises:
         TandemError: see ``train``.
     """
+    check_given("options", options, TestOptions, "a TestOptions(model=..., data=...)")
+    check_view(view)
     return run_to_end(lambda: _test(options, view or Quiet()))
 
 
@@ -74,6 +76,8 @@ def generate(options: GenerateOptions, view: Reader | None = None) -> tuple[Answ
     Raises:
         TandemError: see ``train``.
     """
+    check_given("options", options, GenerateOptions, "a GenerateOptions(model=..., prompts=(...,))")
+    check_view(view)
     return run_to_end(lambda: answers(options, view or Quiet()))
 
 
@@ -83,4 +87,6 @@ def fuse(options: FuseOptions, view: Reader | None = None) -> FuseResult:
     Raises:
         TandemError: see ``train``.
     """
+    check_given("options", options, FuseOptions, "a FuseOptions(adapter_path=...)")
+    check_view(view)
     return run_to_end(lambda: _fuse(options, view or Quiet()))

@@ -17,7 +17,7 @@ from node.sizes import parse_size
 
 COMFORTABLE = 0.8
 """Part of the limit up to which a job leaves the system room."""
-Verdict = Literal["green", "yellow", "red", "unknown"]
+Verdict = Literal["fits", "tight", "too much", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MethodMemory:
         method: its name: ``lora 4-bit``, ``full``.
         options: the job by it.
         needed: bytes by cause; ``needed.total`` is all.
-        verdict: ``green`` it fits, ``yellow`` it is tight and slows down, ``red`` it is too much.
+        verdict: ``fits``; ``tight``, which slows down; ``too much``; or ``unknown``.
     """
 
     method: str
@@ -65,7 +65,7 @@ class JobMemory:
     @property
     def fits(self) -> bool | None:
         """Whether it does, as asked for and computed in whole batches; None where the machine's memory is unknown."""
-        return None if self.chosen.verdict == "unknown" else self.chosen.verdict != "red"
+        return None if self.chosen.verdict == "unknown" else self.chosen.verdict != "too much"
 
 
 def estimate(
@@ -121,7 +121,7 @@ def estimate(
     limit = memory_limit(machine)
     chosen = _judge(seen, "chosen", options, limit)
     advice = None
-    if limit is not None and chosen.verdict in {"yellow", "red"}:
+    if limit is not None and chosen.verdict in {"tight", "too much"}:
         advice = advise(seen.config, seen.shapes, options, int(limit * COMFORTABLE), model)
     methods = tuple(_judge(seen, name, changed, limit) for name, changed in _methods(seen, options))
     return JobMemory(seen, machine, limit, chosen, methods, advice)
@@ -165,5 +165,5 @@ def _judge(seen: Peek, method: str, options: EstimateOptions, limit: int | None)
     needed = estimate_step(seen.config, seen.shapes, options)
     if limit is None:
         return MethodMemory(method, options, needed, "unknown")
-    tight: Verdict = "yellow" if needed.total > limit * COMFORTABLE else "green"
-    return MethodMemory(method, options, needed, "red" if needed.total > limit else tight)
+    room: Verdict = "tight" if needed.total > limit * COMFORTABLE else "fits"
+    return MethodMemory(method, options, needed, "too much" if needed.total > limit else room)

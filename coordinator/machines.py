@@ -10,6 +10,7 @@ from coordinator import api, job
 from coordinator.callbacks import CallbacksLike, as_tuple
 from coordinator.config import TrainConfig
 from coordinator.discovery import choose, parse_wanted
+from coordinator.given import check_given, check_view
 from coordinator.listing import FleetNode, as_fleet_nodes, find_nodes
 from coordinator.loop_thread import run_to_end
 from coordinator.planner import Plan
@@ -45,6 +46,7 @@ class Fleet:
         Raises:
             UserError: a name that nobody has, or several; an address where nobody answers.
         """
+        check_given("wanted", wanted, str, '"auto", "local", or names and host:port with commas between them')
         parsed = parse_wanted(wanted)
         found, ours = run_to_end(lambda: find_nodes(parsed))
         nodes = as_fleet_nodes(choose(parsed, found), ours)
@@ -62,6 +64,8 @@ class Fleet:
         Raises:
             TandemError: as ``train``.
         """
+        check_given("config", config, TrainConfig, "a TrainConfig(model=..., data=...)")
+        check_view(view)
         return run_to_end(lambda: job.plan(dataclasses.replace(config, nodes=self.wanted), view or Quiet()))
 
     def train(
@@ -78,7 +82,7 @@ class Fleet:
         Raises:
             TandemError: as ``coordinator.train``.
         """
-        return api.wait_for(Training(config, view, resume=resume, nodes=self.wanted), callbacks)
+        return api.wait_for(Training(config, view, resume=resume, nodes=self.wanted), as_tuple(callbacks))
 
     def start_training(
         self, config: TrainConfig, view: Reader | None = None, *, resume: bool = False, callbacks: CallbacksLike = ()

@@ -14,6 +14,7 @@ from typing import Any
 from coordinator.callbacks import Callbacks, CallbacksLike, as_tuple, call_back
 from coordinator.config import TrainConfig
 from coordinator.event_log import EventLog
+from coordinator.given import check_given, check_view
 from coordinator.job import RunResult, Stopped
 from coordinator.job import train as run_job
 from coordinator.loop_thread import CANCELLED_SECONDS, LoopThread, left_at_once
@@ -49,6 +50,8 @@ class Training:
         callbacks: tuple[Callbacks, ...] = (),
         nodes: str | None = None,
     ) -> None:
+        check_given("config", config, TrainConfig, "a TrainConfig(model=..., data=...)")
+        check_view(view)
         options = taken_up(config) if resume else config
         self.config = options if nodes is None else dataclasses.replace(options, nodes=nodes)
         self.stopped: Stopped | None = None
@@ -288,5 +291,8 @@ def start_training(
         resume: go on with the run in ``config.adapter_path``, from the newest state that anyone holds, and with its
             own options where ``config`` has defaults.
         callbacks: called in another thread of their own.
+
+    Raises:
+        UserError: an argument is not of the kind that is expected; other mistakes are told by the result.
     """
     return Training(config, view, resume=resume, callbacks=as_tuple(callbacks)).start()

@@ -19,7 +19,7 @@ from coordinator.memory.weights import quantization
 from node.hardware import GIB, describe
 from node.sizes import show_size
 
-_COLOURS = {"green": "green", "yellow": "yellow", "red": "red"}
+_COLOURS = {"fits": "green", "tight": "yellow", "too much": "red"}
 
 
 @click.command(help="Estimate the memory of a training job without loading the model.")
@@ -65,7 +65,7 @@ def _show(found: JobMemory) -> None:
     shorter = estimate_step(seen.config, seen.shapes, replace(options, max_seq_length=512)).total
     if options.max_seq_length > 512:
         click.echo(f"{options.fine_tune_type} with rows of at most 512 tokens: {show_size(shorter)}")
-    if mine.verdict in {"yellow", "red"} and options.batch_size > 1:
+    if mine.verdict in {"tight", "too much"} and options.batch_size > 1:
         alone = estimate_step(seen.config, seen.shapes, replace(options, micro_batch_rows=1)).total
         click.echo(f"computed one row at a time, as train does by itself where memory is short: {show_size(alone)}")
     if found.advice is not None:
@@ -92,8 +92,8 @@ def _numbers(needed: Estimate) -> str:
 
 
 def _verdict(verdict: str) -> str:
-    words = {"green": "fits", "yellow": "tight: slows down", "red": "too much", "unknown": ""}
-    return click.style(words[verdict], fg=_COLOURS.get(verdict))
+    words = {"tight": "tight: slows down", "unknown": ""}
+    return click.style(words.get(verdict, verdict), fg=_COLOURS.get(verdict))
 
 
 def _as_data(found: JobMemory) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_json(seven: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert data["chosen"]["weights_bytes"] == 2 * data["chosen"]["parameters"]
     assert totals == sorted(totals)
     assert data["machine"]["limit_bytes"] == 16 * GIB * 2 // 3
-    assert data["chosen"]["verdict"] == "red"
+    assert data["chosen"]["verdict"] == "too much"
     assert data["advice"][0]["name"] == "quantize the base"
 
 
