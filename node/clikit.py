@@ -105,7 +105,7 @@ def run_cli(group: click.Command, argv: Sequence[str] | None = None, prog_name: 
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         if wanted := os.environ.get(f"_{name}_COMPLETE".replace("-", "_").upper()):
-            return shell_complete(group, {}, name, f"_{name}_COMPLETE".upper(), wanted)
+            return _complete(group, name, wanted)
         with logged(name, arguments), group.make_context(name, list(arguments)) as context:
             group.invoke(context)
         sys.stdout.flush()
@@ -116,6 +116,14 @@ def run_cli(group: click.Command, argv: Sequence[str] | None = None, prog_name: 
     except (TandemError, click.ClickException, OSError) as error:
         return _explain(error)
     return 0
+
+
+def _complete(group: click.Command, name: str, wanted: str) -> int:
+    """Answer a shell; where that fails nothing is said, because somebody is typing there."""
+    try:
+        return shell_complete(group, {}, name, f"_{name}_COMPLETE".upper(), wanted)
+    except (TandemError, OSError):
+        return TandemError.exit_code
 
 
 def _explain(error: TandemError | click.ClickException | OSError) -> int:

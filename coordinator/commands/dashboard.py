@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from coordinator.commands.completion import runs
 from node.errors import UserError
 
 HELP = """Show runs in the browser; several are compared.
@@ -23,7 +24,7 @@ Examples:
 
 
 @click.command(help=HELP)
-@click.argument("run", nargs=-1)
+@click.argument("run", nargs=-1, shell_complete=runs)
 @click.option(
     "--port", "--dashboard-port", "port", type=click.IntRange(0, 65535), help="Port (default 21700, or a free one)."
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coordinator.commands.completion import nodes, runs
 from node.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,11 +28,21 @@ and options of a run (the newest, or --run). Secrets, rows, prompts and samples 
 
 @click.command("doctor", help=HELP)
 @click.option(
-    "--nodes", "wanted", default="auto", show_default=True, help="auto, local, names or host:port, by commas."
+    "--nodes",
+    "wanted",
+    default="auto",
+    show_default=True,
+    help="auto, local, names or host:port, by commas.",
+    shell_complete=nodes,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--debug", is_flag=True, help="Write a file for a bug report.")
-@click.option("--run", metavar="RUN", help="The run that it is about: an id, a folder, or last (default: the newest).")
+@click.option(
+    "--run",
+    metavar="RUN",
+    help="The run that it is about: an id, a folder, or last (default: the newest).",
+    shell_complete=runs,
+)
 @click.option("--out", metavar="FILE", type=Path, help="Where to write it (default: a new .zip in this folder).")
 @click.pass_context
 def doctor(context: click.Context, wanted: str, as_json: bool, debug: bool, run: str | None, out: Path | None) -> None:

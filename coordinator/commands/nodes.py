@@ -8,6 +8,7 @@ import time
 
 import click
 
+from coordinator.commands.completion import nodes as names
 from coordinator.discovery import choose, parse_wanted
 from coordinator.listing import find_nodes
 from coordinator.view.nodes import as_data, print_table
@@ -15,7 +16,12 @@ from coordinator.view.nodes import as_data, print_table
 
 @click.command(help="Show who is there: machines that can take part in a training.")
 @click.option(
-    "--nodes", "wanted", default="auto", show_default=True, help="auto, local, names or host:port, by commas."
+    "--nodes",
+    "wanted",
+    default="auto",
+    show_default=True,
+    help="auto, local, names or host:port, by commas.",
+    shell_complete=names,
 )
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def nodes(wanted: str, as_json: bool) -> None:

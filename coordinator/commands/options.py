@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from coordinator.commands.completion import nodes
 from coordinator.config import TrainConfig, flag
 
 _TYPES: dict[str, Any] = {"int": click.INT, "float": click.FLOAT, "str": click.STRING}
@@ -113,6 +114,8 @@ def _option(item: dataclasses.Field[Any]) -> click.Option:
         options["type"] = click.Choice(item.metadata["choices"])
     else:
         options["type"] = _TYPES.get(kind, click.STRING)
+    if item.name == "nodes":
+        options["shell_complete"] = nodes
     default = item.default
     if default is not dataclasses.MISSING and default not in (None, "", 0, 0.0, ()) and "default" not in help_text:
         help_text = f"{help_text[:-1]} (default {default})."

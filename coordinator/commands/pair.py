@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from node.completion import paired
 from node.errors import UserError
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ async def _pair_before_training(wanted: Wanted, *, person: bool) -> None:
 
 
 @click.command("unpair", help="Trust a paired machine no more, at once: a job with it that runs goes on without it.")
-@click.argument("name")
+@click.argument("name", shell_complete=paired)
 def unpair(name: str) -> None:
     """Unpair a machine."""
     from node.commands.forget import end_pairing

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from coordinator.commands.completion import runs as known
 from node.errors import UserError
 
 HELP = """List the runs of this account: those that are at work, and those that were.
@@ -41,7 +42,7 @@ def runs(context: click.Context, as_json: bool) -> None:
 
 
 @runs.command("show")
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=known)
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def show(run: str, as_json: bool) -> None:
     """Show one run: how it stands, and where its files are."""
@@ -53,7 +54,7 @@ def show(run: str, as_json: bool) -> None:
 
 
 @runs.command("compare")
-@click.argument("run", metavar="RUN RUN...", nargs=-1, required=True)
+@click.argument("run", metavar="RUN RUN...", nargs=-1, required=True, shell_complete=known)
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def compare(run: tuple[str, ...], as_json: bool) -> None:
     """Put runs side by side: options that differ, and what came of them."""
@@ -72,7 +73,7 @@ def compare(run: tuple[str, ...], as_json: bool) -> None:
 
 
 @runs.command("rm")
-@click.argument("run", metavar="RUN...", nargs=-1, required=True)
+@click.argument("run", metavar="RUN...", nargs=-1, required=True, shell_complete=known)
 @click.option("--files", is_flag=True, help="Remove what it wrote to its folder, too: adapter, checkpoints, metrics.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(run: tuple[str, ...], files: bool, yes: bool) -> None:

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from coordinator.commands.completion import runs_at_work
+
 HELP = """Stop a run as Ctrl-C does: it finishes its step, saves, and ends. Returns when everything is saved.
 
 RUN is an id, the beginning of one, a folder, or `last`.
@@ -13,7 +15,7 @@ RUN is an id, the beginning of one, a folder, or `last`.
 
 
 @click.command("stop", help=HELP)
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=runs_at_work)
 @click.option("--now", is_flag=True, help="Leave at once; what is on disk is whole.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def stop(run: str, now: bool, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from coordinator.commands.completion import runs
 from node.clikit import wait_while_read
 from node.errors import Interrupted, TandemError, UserError, error_of
 
@@ -20,7 +21,7 @@ a reader who leaves (`| head`). Exit codes are those of the run.
 
 
 @click.command("watch", help=HELP)
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=runs)
 @click.option("--quiet", is_flag=True, help="Print warnings, errors and the result only.")
 @click.option("--plain", is_flag=True, help="Print lines even in a terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per event.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from node.completion import paired
+
 
 @click.command("forget", help="Trust a paired machine no more, at once: also a job of its that runs here ends.")
-@click.argument("name")
+@click.argument("name", shell_complete=paired)
 def forget(name: str) -> None:
     """Forget a peer."""
     click.echo(end_pairing(name))

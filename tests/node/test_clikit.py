@@ -100,6 +100,20 @@ def test_usage_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert "absent" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [TandemError("broken"), PermissionError(13, "Permission denied", "runs")])
+def test_nothing_is_said_where_somebody_is_typing(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+        raise error
+
+    command = click.Command("show", params=[click.Argument(["name"], shell_complete=names)])
+    for variable, value in (("_TOOL_COMPLETE", "zsh_complete"), ("COMP_WORDS", "tool show "), ("COMP_CWORD", "2")):
+        monkeypatch.setenv(variable, value)
+    assert run_cli(group_of(command), [], prog_name="tool") == 1
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_closed_pipe_is_quiet() -> None:
     program = (
         "import click, sys\nfrom node.clikit import run_cli\n"
