@@ -389,11 +389,28 @@ install_it() {
     [ "$dry" = yes ] || say_done
 }
 
+# What puts the commands on the PATH of every terminal: each shell reads another file, and macOS's terminals are login
+# shells, which read others.
+path_hint() {
+    profile=.profile
+    case $(basename "${SHELL:-sh}")-$system in
+        fish-*)
+            printf "fish_add_path '%s'\n" "$bin"
+            return 0
+            ;;
+        zsh-Darwin) profile=.zprofile ;;
+        zsh-*) profile=.zshrc ;;
+        bash-Darwin) profile=.bash_profile ;;
+        bash-*) profile=.bashrc ;;
+    esac
+    printf "echo 'export PATH=\"%s:\$PATH\"' >> ~/%s\n" "$bin" "$profile"
+}
+
 say_done() {
     say "installed: $(for name in $linked; do printf '%s/%s ' "$bin" "$name"; done)"
     case :$PATH: in
         *":$bin:"*) ;;
-        *) say "add $bin to your PATH, as in: echo 'export PATH=\"$bin:\$PATH\"' >> ~/.zprofile" ;;
+        *) say "add $bin to your PATH, as in: $(path_hint)" ;;
     esac
     say "for completion in zsh, have this in ~/.zshrc before compinit: fpath=($share/zsh/site-functions \$fpath)"
     case $system-$start in

@@ -39,7 +39,10 @@ check_service() {
     else
         command -v systemctl >/dev/null || fail 'systemd is missing: --no-service installs without'
         if [ "$start" = login ] && ! systemctl --user show-environment >/dev/null 2>&1; then
-            fail "systemctl --user does not work here: log in as $user, or take --at-boot or --no-service"
+            # What /run/systemd/system says: systemd is installed, and started this machine, or not (a container).
+            [ -d "$DESTDIR/run/systemd/system" ] || fail 'systemd does not run here: --no-service installs without'
+            fail "$user has no session of systemd here, as after su or sudo: log in as $user directly, or take \
+--at-boot or --no-service"
         fi
     fi
 }

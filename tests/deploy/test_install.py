@@ -319,10 +319,31 @@ def test_without_a_screen_launchd_starts_it_later(mac: Machine) -> None:
 
 def test_without_a_session_systemd_cannot_serve_a_user(linux: Machine) -> None:
     empty = linux.tree()
+    for arguments in ((), ("--dry-run",)):
+        refused = linux.run(*arguments, FAKE_NO_BUS="1")
+        assert refused.returncode == 1
+        assert refused.stderr == "install.sh: systemd does not run here: --no-service installs without\n"
+        assert linux.tree() == empty
+    (linux.root / "run" / "systemd" / "system").mkdir(parents=True)
+    empty = linux.tree()
     refused = linux.run(FAKE_NO_BUS="1")
     assert refused.returncode == 1
+    assert "has no session of systemd here" in refused.stderr
     assert "--at-boot" in refused.stderr
     assert linux.tree() == empty
+
+
+def test_the_path_is_put_where_the_shell_reads_it(machine: Machine) -> None:
+    mac = machine.system == "Darwin"
+    for shell, file in (
+        ("/bin/zsh", ".zprofile" if mac else ".zshrc"),
+        ("/usr/bin/bash", ".bash_profile" if mac else ".bashrc"),
+        ("/bin/dash", ".profile"),
+        ("", ".profile"),
+    ):
+        said = machine.install("--no-service", SHELL=shell)
+        assert f"""echo 'export PATH="{machine.bin}:$PATH"' >> ~/{file}\n""" in said
+    assert f"as in: fish_add_path '{machine.bin}'\n" in machine.install("--no-service", SHELL="/usr/bin/fish")
 
 
 def test_another_node_keeps_its_name(machine: Machine) -> None:
