@@ -42,6 +42,18 @@ def test_an_environment_is_held_by_each_of_its_programs(tmp_path: Path) -> None:
     assert in_use.is_free(environment)
 
 
+@pytest.mark.skipif(not (Path(sys.prefix) / in_use.LOCKED).exists(), reason="needs an environment")
+def test_a_child_that_outlives_its_program_holds_nothing() -> None:
+    code = (
+        "import subprocess, sys\nfrom node import in_use\nheld = in_use.hold()\n"
+        # Whoever starts a child may leave open to it all that can be inherited.
+        "open_there = f'test -e /dev/fd/{held} && echo held || echo free'\n"
+        "sys.exit(subprocess.call(['sh', '-c', open_there], close_fds=False))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "free\n"
+
+
 def test_what_cannot_be_found_out_is_taken_for_use(tmp_path: Path) -> None:
     assert in_use.is_free(tmp_path), "it was never finished"
     (tmp_path / in_use.LOCKED).mkdir()
