@@ -89,6 +89,7 @@ class Member:
     Attributes:
         id: of its machine.
         name: of its machine, as people call it; "" for this machine alone.
+        called: what the metrics call its machine while that has no name among others; "" where none will come.
         link: to the worker, whose model is loaded.
         ready: what it said then.
         pace: how fast it is; None where it was not probed and has not worked for long enough.
@@ -111,6 +112,7 @@ class Member:
     condition: Condition = field(default_factory=Condition)
     condition_factor: float = 1.0
     saves: bool = True
+    called: str = ""
     _worked: list[tuple[int, float]] = field(default_factory=list)
 
     def worked(self, positions: int, seconds: float) -> None:

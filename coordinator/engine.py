@@ -501,6 +501,8 @@ class Engine:
         """Send everyone's share of a step."""
         crew, steps, now = self._crew, self._work.steps, time.monotonic()
         self._asked = max(self._asked, step)
+        # Who is lost before the step is done is still to be told by name.
+        self._names |= {member.id: member.name or member.called for member in crew.members}
         if len(crew) == 1:
             share = steps.share(step)
             self._settle_rows(step, crew.ids[0], share)
@@ -702,9 +704,7 @@ class Engine:
     def _named(self, machine: str) -> str:
         """What people call a machine that is, or was, a rank."""
         member = self._crew.find(machine)
-        if member is not None:
-            self._names[machine] = member.name
-        return self._names.get(machine, machine)
+        return (member.name or member.called) if member is not None else self._names.get(machine, machine)
 
     def _tell_shares(self, rows: list[int]) -> None:
         """Say who does how much when that has changed by more than a little."""

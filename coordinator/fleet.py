@@ -293,7 +293,7 @@ class Fleet:
             taken: names of other machines.
             takes_jobs: whether it trains, too.
         """
-        name = facts().name or "this machine"
+        name = own_name()
         if name in taken:
             name = f"{name} (here)"
         # To train on the own machine's battery, or with a model's own code, is the person's own wish.
@@ -831,6 +831,11 @@ class Fleet:
         if self._daemon is not None:
             await self._daemon.stop()
             self._daemon = None
+
+
+def own_name() -> str:
+    """What this machine is called among others where no other is called so."""
+    return facts().name or "this machine"
 
 
 def _own_node(daemon: Daemon, info: NodeInfo) -> _Node:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from coordinator.alone import HERE, Alone
 from coordinator.crew import Crew, Member
 from coordinator.discovery import Selection
-from coordinator.fleet import Fleet, Wanted, _Node, _own_node
-from coordinator.ledger import Fault, Tally
+from coordinator.fleet import Fleet, Wanted, _Node, _own_node, own_name
 from coordinator.planner import Plan
 from coordinator.shares import halved
 from coordinator.stream import Noted, Reader
@@ -48,6 +47,8 @@ class Growing(Fleet):
         """See ``regroup.Muster``."""
         crew = await self._alone.assemble()
         (self._worker,) = crew.members
+        # What it does before others come is told as its part of the run, too.
+        self._worker.called = own_name()
         return crew
 
     # --- who comes --------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class Growing(Fleet):
             return []
         for worker in arrived:
             if self._worker is not None:
-                worker.name, worker.pace = self._worker.name, self._worker.pace
+                worker.name, worker.called, worker.pace = self._worker.name, self._worker.called, self._worker.pace
             self._worker = worker
             if self._own is not None:
                 self._adopt(worker)
@@ -150,12 +151,3 @@ class Growing(Fleet):
         """See ``regroup.Muster``."""
         await self._alone.rest()
         await super().rest()
-
-    def receipt(self, tally: Tally, digest: str, faults: Sequence[Fault]) -> tuple[tuple[str, str], ...]:
-        """See ``Fleet``; what this machine did before it had a name among others is its own."""
-        if self._own is not None and "" in tally.rows:
-            rows = dict(tally.rows)
-            name = self._own.info.name
-            rows[name] = rows.get(name, 0) + rows.pop("")
-            tally = dataclasses.replace(tally, rows=rows)
-        return super().receipt(tally, digest, faults)

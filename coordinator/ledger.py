@@ -36,7 +36,8 @@ def metrics_of(reports: Mapping[str, StepDone], rows: Mapping[str, int]) -> dict
 
     Args:
         reports: by name of the machine.
-        rows: of each machine's share; of the only one it need not be given.
+        rows: of each machine's share; of the only one of a run it need not be given. Who is left over of several is
+            named as they were: what it did alone is its part, too.
     """
     done = reports.values()
     values: dict[str, Any] = {
@@ -47,7 +48,7 @@ def metrics_of(reports: Mapping[str, StepDone], rows: Mapping[str, int]) -> dict
         "peak_memory_bytes": max(report.peak_memory_bytes for report in done),
         "padded_tokens": sum(report.padded_tokens for report in done),
     }
-    if len(rows) > 1:
+    if any(rows):
         values["per_node"] = {
             name: {
                 "rows": rows[name],

@@ -109,8 +109,9 @@ class StepFinished:
     """One optimizer step: ``metrics`` is the object that stands in ``metrics.jsonl``.
 
     Keys: step, iter, loss, tokens, learning_rate, grad_norm, seconds, compute_seconds, wait_seconds, nodes,
-    peak_memory_bytes, padded_tokens; of several machines also ``per_node``: by name rows, positions, compute_seconds,
-    wait_seconds, peak_memory_bytes. ``report`` is true where ``--steps-per-report`` asks for a line.
+    peak_memory_bytes, padded_tokens; where several machines take part, or may, also ``per_node``, in the steps that one
+    did alone, too: by name rows, positions, compute_seconds, wait_seconds, peak_memory_bytes. ``report`` is true where
+    ``--steps-per-report`` asks for a line.
     """
 
     metrics: dict[str, Any]

@@ -95,8 +95,8 @@ class History:
     def recovered(self, step: int, told: Mapping[int, StepDone]) -> list[Entry]:
         """What belongs into ``metrics.jsonl`` of the steps that do not stand there."""
         steps = [entry for entry in self.entries if "loss" in entry]
-        alone = bool(steps) and steps[-1].get("nodes") == 1
-        return [_entry(told[number], self.then.last_iter(number), alone=alone) for number in self.unrecorded(step)]
+        last = steps[-1] if steps else {}
+        return [_entry(told[number], self.then.last_iter(number), last) for number in self.unrecorded(step)]
 
     def progress(self, step: int, recovered: Sequence[Entry] = ()) -> Progress:
         """What the coordinator would remember at a step, as it did when it recorded it.
@@ -123,8 +123,14 @@ class History:
         return any(self.now.saves(number) for number in range(self.before.step + 1, step + 1))
 
 
-def _entry(done: StepDone, iteration: int, *, alone: bool) -> Entry:
-    """As ``engine`` writes it. Of several ranks only one is known here: what needs all of them is left out."""
+def _entry(done: StepDone, iteration: int, last: Entry) -> Entry:
+    """As ``engine`` writes it. Of several ranks only one is known here: what needs all of them is left out.
+
+    Args:
+        done: what one rank said.
+        iteration: of the step.
+        last: the entry of the last step that was recorded: of as many ranks, with as many rows.
+    """
     entry: Entry = {
         "step": done.step,
         "iter": iteration,
@@ -134,7 +140,10 @@ def _entry(done: StepDone, iteration: int, *, alone: bool) -> Entry:
         "grad_norm": done.grad_norm,
         "seconds": done.seconds,
     }
-    return {**entry, **metrics_of({"": done}, {})} if alone else entry
+    if last.get("nodes") != 1:
+        return entry
+    rows = {name: int(part["rows"]) for name, part in last.get("per_node", {}).items()}
+    return {**entry, **metrics_of(dict.fromkeys(rows or [""], done), rows)}
 
 
 def _spent(progress: Progress, entry: Entry) -> Progress:

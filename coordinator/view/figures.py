@@ -101,7 +101,7 @@ def _seconds(record: RunRecord) -> Chart | None:
     parts = {
         "compute": ("area-1", [min(mean, compute) for _, compute, mean, _, _ in rows]),
         "waiting for the slowest": ("area-4", [max(compute - mean, 0.0) for _, compute, mean, _, _ in rows]),
-        "network" if record.nodes else "waiting for others": ("area-2", [wait for _, _, _, wait, _ in rows]),
+        "network" if len(record.nodes) > 1 else "waiting for others": ("area-2", [wait for _, _, _, wait, _ in rows]),
         "other": ("area-3", other),
     }
     even, radius = [1.0] * len(rows), smoothing_radius(len(rows))

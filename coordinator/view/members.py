@@ -72,7 +72,7 @@ class MemberState:
 
 @dataclass
 class Members:
-    """The machines of the last step that told of them, in the order of their ranks; empty on one machine.
+    """The machines of the last step that told of them, in the order of their ranks; empty where there is but one.
 
     Attributes:
         by_name: those that took part.

@@ -76,8 +76,8 @@ class RunRecord:
     Attributes:
         steps: step numbers, rising.
         columns: one value per step and name; NaN where it is missing or no number.
-        mean_compute: mean over the machines of their seconds of computing, per step; NaN where one trained alone.
-        nodes: machines of the steps that several took, by name.
+        mean_compute: mean over the machines of their seconds of computing, per step; NaN where they are not known.
+        nodes: machines by name; a run that none but one could take part in names none.
         validations: (step, loss), rising; only finite losses.
         events: the objects of ``events.jsonl``, samples excepted.
         samples: the events of kind ``sample``.

@@ -54,7 +54,14 @@ def test_the_networks_time_is_that_of_whom_the_others_waited_for() -> None:
     assert (metrics["compute_seconds"], metrics["wait_seconds"], metrics["seconds"]) == (3.0, 0.1, 3.1)
     assert (metrics["nodes"], metrics["padded_tokens"], metrics["peak_memory_bytes"]) == (2, 14, 300)
     assert metrics["per_node"]["ben"]["rows"] == 6
+
+
+def test_who_is_left_over_of_several_is_named_and_the_only_one_is_not() -> None:
+    left = metrics_of({"ada": done(1)}, {"ada": 8})
+    assert left["nodes"] == 1
+    assert {name: part["rows"] for name, part in left["per_node"].items()} == {"ada": 8}
     assert "per_node" not in metrics_of({"": done(1)}, {})
+    assert "per_node" not in metrics_of({"": done(1)}, {"": 8})
 
 
 def test_a_tally_counts() -> None:

@@ -110,6 +110,16 @@ def test_steps_that_nobody_recorded_are_put_down_from_what_the_worker_said() -> 
         **entries[0], "compute_seconds": 0.4, "wait_seconds": 0.1, "nodes": 1, "peak_memory_bytes": 1000,
         "padded_tokens": 64,
     }  # fmt: skip
+    part = {"rows": 8, "positions": 60, "compute_seconds": 0.3, "wait_seconds": 0.0, "peak_memory_bytes": 900}
+    (left,) = history([*steps(1, 17, nodes=1, per_node={"ada": part})]).recovered(18, told(18))
+    assert left == {
+        **alone,
+        "per_node": {
+            "ada": {
+                "rows": 8, "positions": 64, "compute_seconds": 0.4, "wait_seconds": 0.1, "peak_memory_bytes": 1000
+            }
+        },
+    }  # fmt: skip
     assert found.recovered(17, {}) == []
 
 

@@ -268,6 +268,10 @@ def test_who_comes_while_this_machine_trains_alone_takes_part(
     assert counts[:10] == [1] * 10
     assert 2 in counts
     assert counts[-1] == 1
+    parts = [sorted(entry["per_node"]) for entry in metrics(grown) if "loss" in entry]
+    (this,) = parts[0]
+    assert [names for names in parts if len(names) == 1] == [[this]] * counts.count(1), "before, and after"
+    assert set().union(*parts) == {this, "anna"}
     assert not notes(grown, "restarted")
 
     reference = Run(*arguments(inputs, alone, "--nodes", "local", *endless))

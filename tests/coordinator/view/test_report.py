@@ -19,6 +19,7 @@ from coordinator.view.figures import charts_of, tiles_of
 from coordinator.view.records import read_run
 from coordinator.view.report import script_data, write_report
 from coordinator.view.scales import fitting, linear, logarithmic, whole
+from coordinator.view.sections import nodes_html
 from tests.coordinator.view.synthetic import FACTS, fleet_metrics, step_metrics, write_run
 
 HOSTILE = "</script></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u2028"
@@ -103,6 +104,26 @@ def test_a_fleet_has_its_machines_shares_and_the_parts_of_a_step(tmp_path: Path)
     for part in ("Machines", "75 %", "2,000", "48.0 GB", "<Air>"):
         assert part in page.text, part
     assert "<Air>" not in text.partition("</main>")[0]
+
+
+def test_steps_that_one_of_several_did_alone_are_its_own(tmp_path: Path) -> None:
+    alone = fleet_metrics(1, ("Air",))["per_node"]
+    alone["Air"]["rows"] = 8
+    rows = [
+        fleet_metrics(step) if step <= 50 else fleet_metrics(step, ("Air",), per_node=alone) for step in range(1, 101)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = read_run(tmp_path)
+    charts = {chart.key: chart for chart in charts_of(record)}
+    shares = {curve.label: curve.points for curve in charts["shares"].curves}
+    assert (shares["Air"][0], shares["Air"][-1]) == ((1, 25.0), (100, 100.0))
+    assert shares["Studio"][-1] == (100, 0.0)
+    lines = re.findall("<th scope=row>(.*?)</th>(.*?)</tr>", nodes_html(record.nodes))
+    cells = {name: re.findall("<td>(.*?)</td>", row) for name, row in lines}
+    assert cells["Air"][:3] == ["62 %", "100", "100"]
+    assert cells["Studio"][:3] == ["38 %", "50", "50"]
+    (air,) = (chart for chart in charts.values() if chart.title == "Step of Air")
+    assert min(value for _, value in air.curves[0].points) > 0, "no hole where it was alone"
 
 
 def test_of_many_machines_the_report_draws_the_largest_shares(tmp_path: Path) -> None:
