@@ -25,13 +25,17 @@ def fleet_lines(state: RunState, width: int, height: int) -> list[Text]:
         height: of the terminal, in cells.
     """
     most = max(height // 3, LEAST_ROWS)
-    if len(state.members) < 2:
-        planned = state.fleet.lines if state.fleet is not None and not state.members and not state.finished else ()
+    members = state.members
+    if len(members) == 0:
+        began = state.finished is not None or state.seconds_per_step is not None
+        planned = state.fleet.lines if state.fleet is not None and not began else ()
         return [Text(), *(Text(one_line(line)) for line in planned[:most])] if planned else []
+    if len(members) + len(members.away) < 2:
+        return []
     columns = [(heading, cells) for heading, cells, from_width in COLUMNS if width >= from_width]
     heading = f"{'node':<{NAME_CELLS}}" + "".join(f"{heading:>{cells}}" for heading, cells in columns)
-    rows = [_row(state, member, columns, width) for member in state.members.by_name.values()]
-    rows += [_away(name, word, columns, width) for name, word in state.members.away.items()]
+    rows = [_row(state, member, columns, width) for member in members.by_name.values()]
+    rows += [_away(name, word, columns, width) for name, word in members.away.items()]
     hidden = len(rows) - (most - 1) if len(rows) > most else 0
     rows = rows[: len(rows) - hidden]
     more = [Text(f"and {hidden} more", style="dim")] if hidden else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from coordinator.stream import Advanced
@@ -26,7 +27,10 @@ from coordinator.view.state import RunState, Validation
 ARROWS = {"falling": ("↓", "green"), "flat": ("→", "dim"), "rising": ("↑", "yellow"), "unknown": ("", "")}
 LEVEL_STYLES = {"info": "dim", "warning": "yellow", "error": "bold red"}
 CELL_WIDTH = 36
+INDENT = "  "
 PLOT_RANK = 4  # cut off it would mislead
+NOTES_RANK = 5
+LEAST_NOTE_ROWS = 4
 
 
 @dataclass
@@ -55,13 +59,17 @@ def frame(state: RunState, width: int, height: int, total_memory_bytes: int) -> 
         Block(3, fleet_lines(state, width, height)),
         Block(PLOT_RANK, loss_plot(state, width, plot_height)),
         Block(7, sample_lines(state)),
-        Block(5, note_lines(state)),
+        Block(NOTES_RANK, note_lines(state, width, max(LEAST_NOTE_ROWS, height // 6))),
     ]
     rows_left = height
     for block in sorted(blocks, key=lambda b: b.rank):
-        block.lines = (
-            block.lines[: max(rows_left, 0)] if block.rank != PLOT_RANK or len(block.lines) <= rows_left else []
-        )
+        missing = max(len(block.lines) - rows_left, 0)
+        if missing and block.rank == PLOT_RANK:
+            block.lines = []
+        elif block.rank == NOTES_RANK:
+            block.lines = block.lines[missing:]  # the newest are below
+        else:
+            block.lines = block.lines[: len(block.lines) - missing]
         rows_left -= len(block.lines)
     lines = [line for block in blocks for line in block.lines]
     for line in lines:
@@ -136,10 +144,38 @@ def loss_plot(state: RunState, width: int, height: int) -> list[Text]:
     return [Text(), *drawn]
 
 
-def note_lines(state: RunState) -> list[Text]:
-    """The last things that happened."""
-    notes = [Text(one_line(note.message), style=LEVEL_STYLES.get(note.level, "")) for note in state.notes]
-    return [Text(), *notes[-4:]] if notes else []
+def note_lines(state: RunState, width: int, most: int) -> list[Text]:
+    """The last things that happened, each to its end; of the newest the beginning, where it alone is too long.
+
+    Args:
+        state: the run so far.
+        width: of the terminal, in cells.
+        most: rows for them.
+    """
+    shown: list[Text] = []
+    for note in reversed(state.notes):
+        style = LEVEL_STYLES.get(note.level, "")
+        rows = [Text(row, style=style) for row in wrapped(one_line(note.message), width)]
+        if len(shown) + len(rows) > most:
+            if not shown:
+                shown = rows[:most]
+                shown[-1].append(" …")
+            break
+        shown = rows + shown
+    return [Text(), *shown] if shown else []
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """One line as several that are no wider than ``width`` cells, those after the first indented."""
+    rows = [""]
+    for word in text.split(" "):
+        for piece in chop_cells(word, max(width - len(INDENT), 1)):
+            joined = f"{rows[-1]} {piece}" if rows[-1].strip() else rows[-1] + piece
+            if cell_len(joined) <= width or not rows[-1].strip():
+                rows[-1] = joined
+            else:
+                rows.append(INDENT + piece)
+    return rows
 
 
 def sample_lines(state: RunState) -> list[Text]:

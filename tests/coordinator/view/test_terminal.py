@@ -12,7 +12,7 @@ from rich.console import Console
 from coordinator.stream import Advanced, Noted, RunEvent, Sampled, StepFinished, Validated
 from coordinator.view import make_view
 from coordinator.view.blocks import bar, plot
-from coordinator.view.frame import frame
+from coordinator.view.frame import frame, wrapped
 from coordinator.view.plain import JsonView, PlainView
 from coordinator.view.pressure import pressure_style
 from coordinator.view.state import RunState
@@ -136,8 +136,59 @@ def test_how_a_machine_is_and_who_is_away_stands_in_its_row() -> None:
 
 
 def test_the_plan_is_shown_until_the_first_step() -> None:
-    found = lines(FLEET, started())
-    assert "Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)" in found
+    link = "Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)"
+    assert link in lines(FLEET, started())
+    first = StepFinished(fleet_metrics(1), report=True)
+    assert link not in lines(FLEET, started(), first)
+    unnamed = StepFinished(step_metrics(2), report=True)
+    assert link not in lines(FLEET, started(), first, unnamed), "it is false by then"
+
+
+def test_the_last_machine_keeps_its_row_beside_those_who_are_gone() -> None:
+    events: list[RunEvent] = [FLEET, started()]
+    events += [StepFinished(fleet_metrics(step), report=True) for step in range(1, 30)]
+    events += [StepFinished(fleet_metrics(step, ("Studio",)), report=True) for step in range(30, 32)]
+    rows = [line.split("  ") for line in lines(*events) if line.startswith(("node ", "Studio", "Air"))]
+    assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
+        ["node", "share", "tokens/s", "compute", "wait", "memory"],
+        ["Studio", "100 %", "1,935", "0.8 s", "0.3 s", "48.0 GB", "trains"],
+        ["Air", *["-"] * 5, "away"],
+    ]
+
+
+def test_a_machine_alone_needs_no_table() -> None:
+    found = lines(started(), StepFinished(fleet_metrics(1, ("Studio",)), report=True))
+    assert not any(line.startswith(("node ", "Studio  ")) for line in found)
+
+
+LOST = "birch is gone: the connection to it broke; went on from step 223 on amber, 0.1 s lost; 3 steps computed again"
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 23), (40, 30), (200, 49)])
+def test_what_happened_is_told_to_its_end(width: int, height: int) -> None:
+    notes = [Noted("checkpoint", f"saved checkpoint {step:07d}") for step in range(4)]
+    found = lines(*during(57), *notes, Noted("restarted", LOST, "warning"), width=width, height=height)
+    assert LOST in " ".join(" ".join(found).split())
+    assert len(found) <= height
+
+
+def test_what_is_longer_than_its_room_ends_where_that_does() -> None:
+    found = lines(started(), Noted("x", "word " * 400), Noted("y", "word " * 200, "warning"))
+    told = [line for line in found if "word" in line]
+    assert len(told) == 5
+    assert told[-1].endswith("word …")
+
+
+def test_on_a_small_screen_the_newest_is_told() -> None:
+    notes = [Noted("checkpoint", f"saved checkpoint {step}") for step in range(4)]
+    assert lines(*during(57), *notes, height=10)[-1] == "saved checkpoint 3"
+
+
+def test_long_words_and_wide_ones_are_wrapped() -> None:
+    assert wrapped("aa bb cc", 5) == ["aa bb", "  cc"]
+    assert wrapped("a bbbbbbb c", 5) == ["a bbb", "  bbb", "  b c"]
+    assert wrapped("語語語", 4) == ["語", "  語", "  語"]
+    assert wrapped("", 4) == [""]
 
 
 @pytest.mark.parametrize("width", [10, 36, 46, 60, 80, 120])
