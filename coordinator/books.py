@@ -91,7 +91,7 @@ class Books:
         except OSError as error:
             self._reader.handle(Noted("warning", f"cannot write {self._folder.report}: {error.strerror}", "warning"))
         said = next((value for label, value in lines if label in (FAILED, STOPPED)), None)
-        figures = last_figures(self._folder.metrics)
+        figures = last_figures(self._folder)
         self._register(status=status, message=said, ended=time.time(), **dataclasses.asdict(figures))
 
     def _open(self, **facts: Any) -> None:

@@ -47,7 +47,7 @@ def compare(runs: Sequence[Known]) -> Comparison:
     figures: dict[str, list[Any]] = {
         "state": [STATES[run.state] for run in runs],
         "steps": [record.steps[-1] if record.steps else None for record in records],
-        "loss": [_last(record, "loss") for record in records],
+        "training_loss": [record.training_loss for record in records],
         "validation": [record.validations[-1][1] if record.validations else None for record in records],
         "best_validation": [min((loss for _, loss in record.validations), default=None) for record in records],
         "tokens": [_total(record, "tokens") for record in records],
@@ -65,10 +65,6 @@ def compare(runs: Sequence[Known]) -> Comparison:
             step: [one.get(step) for one in losses] for step in steps if sum(step in one for one in losses) > 1
         },
     )
-
-
-def _last(record: RunRecord, column: str) -> float | None:
-    return record.columns[column][-1] if record.steps else None
 
 
 def _total(record: RunRecord, column: str) -> float | None:

@@ -153,7 +153,7 @@ def _known(entry: dict[str, Any], holder: Presence | None, *, indexed: bool = Tr
     place = find_place(run, folder)
     figures = _figures(entry)
     if place is not None and (figures.steps is None or holder is not None or entry.get("status") not in ENDED):
-        figures = last_figures(RunFolder(place).metrics)
+        figures = last_figures(RunFolder(place))
     opened = entry.get("status") is not None and entry.get("opened") is not False
     trouble = "" if place is not None else _trouble(folder)
     log = index.log_path(run)

@@ -14,7 +14,7 @@ CELL_CHARACTERS = 40
 def comparison_lines(found: Comparison) -> list[str]:
     """Runs side by side: a column for each."""
     shown = {
-        "loss": loss_text, "validation": loss_text, "best_validation": loss_text,
+        "training_loss": loss_text, "validation": loss_text, "best_validation": loss_text,
         "tokens_per_second": speed_text, "seconds": duration_text, "peak_memory_bytes": size_text,
     }  # fmt: skip
     rows: list[tuple[str, list[str]]] = [("run", found.runs)]

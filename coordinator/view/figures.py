@@ -27,11 +27,10 @@ def charts_of(record: RunRecord) -> list[Chart]:
 def tiles_of(record: RunRecord) -> list[Tile]:
     """The key figures: (label, value, remark)."""
     tiles: list[Tile] = []
-    losses = record.known("loss") if record.steps else []
-    if losses:
-        radius = smoothing_radius(len(losses))
-        ends = moving_mean(losses, [1.0] * len(losses), radius)
-        tiles.append(("Training loss", loss_text(ends[-1]), f"from {loss_text(ends[0])}"))
+    loss = record.training_loss
+    if loss is not None:
+        beginning = f"mean of {record.report_interval:,} batches; at first {loss_text(record.first_training_loss)}"
+        tiles.append(("Training loss", loss_text(loss), beginning))
     if record.validations:
         step, loss = min(record.validations, key=lambda pair: pair[1])
         last = record.validations[-1][1]

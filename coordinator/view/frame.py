@@ -195,7 +195,7 @@ def _loss(state: RunState) -> Text:
     if state.loss is not None and not math.isfinite(state.loss):
         return Text(f"{loss_text(state.loss)} (not a finite number)", style="bold red")
     arrow, style = ARROWS[state.trend]
-    return Text.assemble((loss_text(state.smoothed_loss), "bold"), (f" {arrow}", style))
+    return Text.assemble((loss_text(state.training_loss), "bold"), (f" {arrow}", style))
 
 
 def _at(validation: Validation | None) -> str:

@@ -138,9 +138,9 @@ def fleet_lines(event: FleetFormed) -> list[str]:
 
 
 def step_line(state: RunState) -> str:
-    """Where the run is: loss is the mean since the last such line."""
+    """Where the run is: loss is the mean over the last report interval."""
     total = f"{state.total_steps}"
-    parts = [f"step {state.step:>{len(total)}}/{total}", f"loss {loss_text(state.report_loss)}"]
+    parts = [f"step {state.step:>{len(total)}}/{total}", f"loss {loss_text(state.training_loss)}"]
     if state.validation is not None:
         parts.append(f"val {loss_text(state.validation.loss)}")
     parts += [f"{speed_text(state.tokens_per_second)} tok/s", f"lr {rate_text(state.learning_rate)}"]

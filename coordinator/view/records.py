@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.view.format import finite, number
+from coordinator.view.losses import Trained, report_interval, training_loss
 
 COLUMNS = (
-    *("loss", "tokens", "learning_rate", "grad_norm"),
+    *("iter", "loss", "tokens", "learning_rate", "grad_norm"),
     *("seconds", "compute_seconds", "wait_seconds", "nodes", "peak_memory_bytes"),
 )
 
@@ -94,6 +95,31 @@ class RunRecord:
     samples: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     broken_lines: int = 0
+
+    @property
+    def report_interval(self) -> int:
+        """Batches between two reports."""
+        return report_interval(self.config)
+
+    @property
+    def training_loss(self) -> float | None:
+        """Mean over the target tokens of the last report interval."""
+        return training_loss(self._trained(-self.report_interval, None), self.report_interval)
+
+    @property
+    def first_training_loss(self) -> float | None:
+        """The same of the first report interval."""
+        first = self._trained(0, self.report_interval)
+        return training_loss([step for step in first if step.iteration <= self.report_interval], self.report_interval)
+
+    def _trained(self, start: int, end: int | None) -> list[Trained]:
+        """Some of the steps; each has a batch at least."""
+        part = slice(start, end)
+        columns = (self.columns[name][part] for name in ("iter", "loss", "tokens"))
+        return [
+            Trained.of({"step": step, "iter": iteration, "loss": finite(loss), "tokens": tokens})
+            for step, iteration, loss, tokens in zip(self.steps[part], *columns, strict=True)
+        ]
 
     def known(self, name: str) -> list[float]:
         """The finite values of a column."""

@@ -164,7 +164,7 @@ def train_figures(metrics: Mapping[str, Any], state: RunState) -> dict[str, obje
     batches_per_step = state.iterations / state.step if state.step else 1.0
     peak = finite(metrics.get("peak_memory_bytes"))
     return {
-        "train_loss": state.report_loss,
+        "train_loss": state.training_loss,
         "learning_rate": metrics.get("learning_rate"),
         "grad_norm": metrics.get("grad_norm"),
         "iterations_per_second": batches_per_step / per_step if per_step else None,

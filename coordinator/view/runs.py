@@ -12,7 +12,7 @@ from coordinator.running.known import STATES, Known
 from coordinator.view.format import MISSING, duration_text, loss_text, one_line, shortened
 from coordinator.view.plain import jsonable
 
-COLUMNS = ("run", "state", "steps", "loss", "validation", "began", "model", "folder")
+COLUMNS = ("run", "state", "steps", "training loss", "validation", "began", "model", "folder")
 MODEL_CHARACTERS = 32
 FILES = (
     *("adapters.safetensors", "adapter_config.json", "checkpoints", "metrics.jsonl", "events.jsonl"),
@@ -65,7 +65,7 @@ def details(run: Known, now: float) -> list[str]:
         ("model", run.model),
         ("data", run.data),
         ("steps", _steps(run)),
-        ("loss", loss_text(run.figures.final_loss)),
+        ("training loss", loss_text(run.figures.final_loss)),
         ("validation", loss_text(run.figures.final_val_loss)),
         ("began", when(run.began, now)),
         ("resumed", when(run.since, now) if run.holder is None and run.since != run.began else ""),

@@ -22,6 +22,7 @@ from coordinator.stream import (
     Validated,
 )
 from coordinator.view.format import finite, number
+from coordinator.view.losses import Trained, in_interval, report_interval, training_loss
 from coordinator.view.members import Members
 from coordinator.view.series import Series
 
@@ -45,7 +46,6 @@ class RunState:
     Attributes:
         step, iterations: optimizer steps and batches done.
         loss: of the last step; may be NaN, and None before the first step.
-        report_loss: mean over the target tokens of all steps since the last report but one.
         learning_rate, grad_norm, peak_memory_bytes: of the last step that told them.
         trained_tokens: target tokens of all steps, those before a resume included.
         smoothed: the whole run's smoothed losses, bounded.
@@ -60,7 +60,6 @@ class RunState:
     step: int = 0
     iterations: int = 0
     loss: float | None = None
-    report_loss: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     peak_memory_bytes: float | None = None
@@ -80,8 +79,7 @@ class RunState:
     samples: deque[Sampled] = field(default_factory=lambda: deque(maxlen=4))
     _speed: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW_STEPS))
     _smooth: deque[float] = field(default_factory=lambda: deque(maxlen=8))
-    _report_sum: float = 0.0
-    _report_weight: float = 0.0
+    _interval: deque[Trained] = field(default_factory=deque)
     _validation_seconds: float = 0.0
 
     @property
@@ -97,6 +95,11 @@ class RunState:
     def fraction(self) -> float:
         """Part of the planned steps that is done, 0 to 1."""
         return min(self.step / self.total_steps, 1.0) if self.total_steps > 0 else 0.0
+
+    @property
+    def training_loss(self) -> float | None:
+        """Mean over the target tokens of the last report interval."""
+        return training_loss(self._interval, self._report_interval)
 
     @property
     def smoothed_loss(self) -> float | None:
@@ -144,11 +147,9 @@ class RunState:
             case FleetFormed():
                 self.tasks.clear()
                 self.fleet = event
-            case StepFinished(metrics, report):
+            case StepFinished(metrics):
                 self.tasks.clear()
                 self._step(metrics, live=True)
-                if report:
-                    self._close_report()
             case Validated(metrics, best):
                 self.tasks.pop("validating", None)
                 self._validate(metrics, best=best)
@@ -180,7 +181,10 @@ class RunState:
                 self._validate(metrics, best=better)
             else:
                 self._step(metrics, live=False)
-        self._report_sum = self._report_weight = 0.0
+
+    @property
+    def _report_interval(self) -> int:
+        return report_interval(self.started.config if self.started is not None else {})
 
     def _step(self, metrics: Mapping[str, Any], *, live: bool) -> None:
         tokens, seconds = finite(metrics.get("tokens")), finite(metrics.get("seconds"))
@@ -196,18 +200,16 @@ class RunState:
         self.trained_tokens += int(tokens or 0)
         self.train_seconds += seconds or 0.0
         self.loss = number(metrics.get("loss"))
-        self._fold_loss(step, self.loss, tokens or 1.0)
+        self._interval.append(Trained.of(metrics))
+        while not in_interval(self._interval[-1].iteration, self._interval[0].iteration, self._report_interval):
+            self._interval.popleft()
+        self._fold_loss(step, self.loss)
         self.learning_rate = _newer(metrics.get("learning_rate"), self.learning_rate)
         self.grad_norm = _newer(metrics.get("grad_norm"), self.grad_norm)
         self.peak_memory_bytes = _newer(metrics.get("peak_memory_bytes"), self.peak_memory_bytes)
 
-    def _fold_loss(self, step: int, loss: float | None, weight: float) -> None:
-        if loss is None:
-            self.bad_losses += 1
-            return
-        self._report_sum += loss * weight
-        self._report_weight += weight
-        if not math.isfinite(loss):
+    def _fold_loss(self, step: int, loss: float | None) -> None:
+        if loss is None or not math.isfinite(loss):
             self.bad_losses += 1
             return
         length = self._smooth.maxlen or 8
@@ -215,10 +217,6 @@ class RunState:
         keep = 1 - 1 / min(len(self._smooth) + 1, length)
         self._smooth.append(keep * (self._smooth[-1] if self._smooth else 0.0) + (1 - keep) * loss)
         self.smoothed.append(step, self._smooth[-1])
-
-    def _close_report(self) -> None:
-        self.report_loss = self._report_sum / self._report_weight if self._report_weight else None
-        self._report_sum = self._report_weight = 0.0
 
     def _validate(self, metrics: Mapping[str, Any], *, best: bool) -> None:
         loss = number(metrics.get("val_loss"))

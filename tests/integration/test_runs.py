@@ -17,6 +17,7 @@ import pytest
 
 from coordinator.running import control, presence
 from coordinator.running.index import log_path
+from coordinator.view.records import read_run
 from node.errors import UserError
 from tests.fixtures.runs import ENTRY, Run, losses, wait_for_end
 
@@ -88,10 +89,8 @@ def test_a_detached_run_is_seen_watched_and_stopped(inputs: Path, tmp_path: Path
     assert steps == list(range(steps[0], last + 1)), "each step once"
     assert data("status", cwd=tmp_path)["runs"] == []
     (listed,) = data("runs", cwd=tmp_path)["runs"]
-    assert (listed["state"], listed["steps"], listed["final_loss"]) == (
-        "interrupted",
-        *losses(tmp_path / "adapters")[-1],
-    )
+    assert (listed["state"], listed["steps"]) == ("interrupted", last)
+    assert listed["final_loss"] == read_run(tmp_path / "adapters").training_loss
     again = detached(inputs, tmp_path, last + 5, "--resume")
     assert again == run
     assert coordinator("watch", run, cwd=tmp_path).returncode == 0

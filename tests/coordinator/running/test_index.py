@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,15 @@ from pathlib import Path
 import pytest
 
 from coordinator.home import registry
+from coordinator.runfolder import RunFolder
 from coordinator.running import index
 from coordinator.running.figures import Figures, last_figures
 from coordinator.running.presence import present
+from coordinator.stream import RunStarted, StepFinished
+from coordinator.view.figures import tiles_of
+from coordinator.view.format import loss_text
+from coordinator.view.records import read_run
+from coordinator.view.state import RunState
 from node.errors import UserError
 
 
@@ -87,10 +94,30 @@ def test_an_entry_is_whole_whenever_its_writer_is_killed() -> None:
 
 
 def test_the_last_figures_are_read_from_the_end(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    assert last_figures(metrics) == Figures()
+    metrics, folder = tmp_path / "metrics.jsonl", RunFolder(tmp_path)
+    assert last_figures(folder) == Figures()
     metrics.write_text('{"step": 0, "val_loss": 3.5}\n')
-    assert last_figures(metrics) == Figures(None, None, 3.5)
+    assert last_figures(folder) == Figures(None, None, 3.5)
     filling = "".join(f'{{"step": {step}, "loss": 2.5, "text": "{"x" * 200}"}}\n' for step in range(1, 2001))
     metrics.write_text('{"step": 0, "val_loss": 3.5}\n' + filling + 'no object\n{"step": 2001, "loss": 1.')
-    assert last_figures(metrics) == Figures(2000, 2.5, 3.5)
+    assert last_figures(folder) == Figures(2000, 2.5, 3.5)
+
+
+def test_the_last_loss_is_that_of_the_last_report_interval(tmp_path: Path) -> None:
+    steps = [{"step": n, "iter": 2 * n, "loss": float(n), "tokens": n} for n in range(1, 101)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in steps))
+    for interval, count in ((1, 1), (4, 2), (300, 100)):
+        (tmp_path / "config.yaml").write_text(f"iters: 200\nsteps_per_report: {interval}\n")
+        part = steps[-count:]
+        expected = sum(s["loss"] * s["tokens"] for s in part) / sum(s["tokens"] for s in part)
+        found = last_figures(RunFolder(tmp_path)).final_loss
+        assert found == pytest.approx(expected)
+        record, state = read_run(tmp_path), RunState()
+        assert record.training_loss == found
+        assert tiles_of(record)[0][:2] == ("Training loss", loss_text(found))
+        state.apply(RunStarted("r1", "adapters", {"steps_per_report": interval}, 200, 100, 1, ()))
+        for entry in steps:
+            state.apply(StepFinished(entry, report=False))
+        assert state.training_loss == found, "what the command shows while it trains"
+    (tmp_path / "config.yaml").write_text("steps_per_report: many\n")
+    assert last_figures(RunFolder(tmp_path)).final_loss == pytest.approx(read_run(tmp_path).training_loss)

@@ -34,7 +34,8 @@ def test_a_run_that_is_done(tmp_path: Path) -> None:
     assert (run.run, run.state, run.place, run.missing) == ("20260101-aaaa", "done", folder, "")
     assert (run.figures.steps, run.figures.final_loss, run.total_steps) == (2, 2.0, 2)
     (heading, line) = table([run], 0.0)
-    assert heading.split() == ["run", "state", "steps", "loss", "validation", "began", "model", "folder"]
+    columns = [column.strip() for column in heading.split("  ") if column.strip()]
+    assert columns == ["run", "state", "steps", "training loss", "validation", "began", "model", "folder"]
     assert line.split()[:4] == ["20260101-aaaa", "done", "2/2", "2.000"]
     assert line.endswith(str(folder))
     data = as_data(run)
@@ -45,8 +46,9 @@ def test_a_run_that_was_killed_is_told_by_its_files(tmp_path: Path) -> None:
     folder = make_run("r1", tmp_path / "adapters", [3.0, 2.0, 1.0], status="running")
     (run,) = known_runs()[0]
     assert run.state == "broken_off"
-    assert (run.figures.steps, run.figures.final_loss, run.figures.final_val_loss) == (3, 1.0, 1.1)
-    assert f"  go on       coordinator train --resume --adapter-path {folder}" in details(run, 0.0)
+    assert (run.figures.steps, run.figures.final_loss, run.figures.final_val_loss) == (3, 1.5, 1.1)
+    shown = [line.split(None, 2) for line in details(run, 0.0)]
+    assert ["go", "on", f"coordinator train --resume --adapter-path {folder}"] in shown
 
 
 def test_a_run_at_work_and_one_that_prepares(tmp_path: Path) -> None:
@@ -69,7 +71,8 @@ def test_the_last_run_is_the_one_that_was_begun_or_resumed_last(tmp_path: Path) 
     assert [run.run for run in known_runs()[0]] == ["b", "a", "c"]
     index.record("b", resumed=1.3e9)
     assert [run.run for run in known_runs()[0]] == ["a", "b", "c"]
-    assert f"  resumed  {when(1.3e9, 0.0)}" in details(resolve("b"), 0.0)
+    shown = [line.split(None, 1) for line in details(resolve("b"), 0.0)]
+    assert ["resumed", when(1.3e9, 0.0)] in shown
     index.record("b", resumed=1.5e9)
     assert resolve("last").run == "b"
     assert not [line for line in details(resolve("c"), 0.0) if "resumed" in line]

@@ -37,10 +37,20 @@ def test_what_came_before_the_plan_is_over_with_it() -> None:
     assert fed(Advanced("measuring the machines", 0, 0), FLEET).tasks == {}
 
 
-def test_the_reported_loss_is_the_mean_over_tokens_since_the_last_report() -> None:
+EACH = {"steps_per_report": 1}
+
+
+def test_the_training_loss_is_the_mean_over_tokens_of_the_last_report_interval() -> None:
     first = [step(1, loss=9.0, tokens=50), step(2, report=True, loss=9.0, tokens=50)]
     second = [step(3, loss=1.0, tokens=300), step(4, report=True, loss=2.0, tokens=100)]
-    assert fed(started(), *first, *second).report_loss == pytest.approx(1.25)
+    state = fed(started(config={"steps_per_report": 2}), *first, *second)
+    assert state.training_loss == pytest.approx(1.25)
+    assert fed(started(config={"steps_per_report": 3}), *first, *second).training_loss == pytest.approx(950 / 450)
+    state.apply(step(5, loss=6.0, tokens=100))
+    assert state.training_loss == pytest.approx(4.0), "of whole intervals, also between two reports"
+    accumulated = [step(number, iter=4 * number, loss=float(number), tokens=1) for number in range(1, 6)]
+    assert fed(started(config={"steps_per_report": 8}), *accumulated).training_loss == 4.5
+    assert fed(started(config=EACH), *accumulated).training_loss == 5.0
 
 
 def test_a_step_that_is_computed_again_stands_once() -> None:
@@ -72,18 +82,19 @@ def test_the_trend_follows_the_smoothed_loss(slope: float, expected: str) -> Non
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, "broken"])
 def test_losses_that_are_no_numbers_are_counted_and_leave_the_curve_alone(bad: object) -> None:
-    state = fed(started(), step(1, loss=2.0), step(2, loss=bad, report=True), step(3, loss=0.0, report=True))
+    steps = [step(1, loss=2.0), step(2, loss=bad, report=True), step(3, loss=0.0, report=True)]
+    state = fed(started(config=EACH), *steps)
     assert state.bad_losses == 1
     assert state.smoothed_loss == pytest.approx(1.0)
-    assert state.report_loss == 0.0
+    assert state.training_loss == 0.0
 
 
 def test_a_nan_is_shown_not_hidden() -> None:
     state = fed(started(), step(1, loss=2.0), step(2, loss=math.nan, report=True))
     assert state.loss is not None
     assert math.isnan(state.loss)
-    assert state.report_loss is not None
-    assert math.isnan(state.report_loss)
+    assert state.training_loss is not None
+    assert math.isnan(state.training_loss)
 
 
 def test_a_resumed_run_starts_with_its_history() -> None:
@@ -93,10 +104,9 @@ def test_a_resumed_run_starts_with_its_history() -> None:
     assert state.best is not None
     assert state.best.step == 40
     assert state.tokens_per_second is None
-    assert state.report_loss is None
     assert len(state.smoothed.buckets) == 40
-    state.apply(step(41, report=True, loss=1.5))
-    assert state.report_loss == 1.5
+    whole = fed(started(), *(step(s) for s in range(1, 41)))
+    assert state.training_loss == whole.training_loss, "as if it had not been cut off"
 
 
 def test_best_follows_the_job() -> None:
@@ -126,7 +136,7 @@ def test_metrics_without_anything_in_them_are_survived() -> None:
     state = fed(started(total=0), StepFinished({}, report=True), Validated({}, best=False), Noted("", "", "odd"))
     assert state.seconds_left is None
     assert state.fraction == 0.0
-    assert state.report_loss is None
+    assert state.training_loss is None
 
 
 def test_a_series_stays_small_and_keeps_its_extremes() -> None:
