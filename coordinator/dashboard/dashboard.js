@@ -281,10 +281,12 @@ function tick() {
   pill.className = "pill " + (silent ? "interrupted" : snapshot.status);
   pill.hidden = false;
   if (closed) return;
-  if (!connected) say("no connection to the server: what is shown may be old; trying again");
+  const ended = snapshot.status && snapshot.status !== "running";
+  // The server beside a training ends with it: what is shown then is how the run ended, and not old.
+  if (ended) say("the run has ended");
+  else if (!connected) say("no connection to the server: what is shown may be old; trying again");
   else if (silent) say("no word from the run for " + ago(silence) + ": it may have been killed");
-  else if (snapshot.status === "running") say("live");
-  else say(snapshot.status ? "the run has ended" : "nothing has been written yet");
+  else say(snapshot.status ? "live" : "nothing has been written yet");
 }
 
 function show(found) {

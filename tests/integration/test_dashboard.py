@@ -136,6 +136,8 @@ def test_during_and_after_a_run_that_loses_a_node(browser: Browser, tmp_path: Pa
         code, errors = run.wait()
         assert (code, errors) == (0, ""), "the address is told once"
         watching.until("document.body.dataset.connected === 'false'")  # it ended with the run
+        assert watching.page.locator("#live").inner_text() == "the run has ended"
+        assert watching.page.locator("#status").inner_text() == "done"
         assert address not in "".join(path.read_text(errors="replace") for path in adapter.glob("*.jsonl"))
     place, address = serve()
     with beside(place, [adapter]):
@@ -232,8 +234,9 @@ def test_a_run_is_not_called_silent_by_the_clock_of_the_browser(browser: Browser
             watching.until("document.body.dataset.step === '30'")
             assert watching.page.locator("#live").inner_text() == "live"
             watching.check()
-        for name in ("metrics.jsonl", "events.jsonl"):
-            os.utime(tmp_path / name, (1.7e9, 1.7e9))
+    watching.until("document.getElementById('live').textContent.endsWith('trying again')")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        os.utime(tmp_path / name, (1.7e9, 1.7e9))
     place, address = serve()
     with beside(place, [tmp_path]):
         watching = Watching(browser, address, clock_hours=-1e6)
@@ -248,7 +251,8 @@ def test_a_page_of_a_server_that_was_started_anew_says_what_to_open(browser: Bro
     with beside(place, [tmp_path]):
         watching = Watching(browser, address)
         watching.until("document.body.dataset.step === '30'")
-    watching.until("document.getElementById('live').textContent.endsWith('trying again')")
+    watching.until("document.body.dataset.connected === 'false'")
+    assert watching.page.locator("#live").inner_text() == "the run has ended", "nothing of it can be old"
     place, address = serve(port, token="second")
     with beside(place, [tmp_path]):
         watching.until("document.getElementById('live').textContent.includes('open the address that the command')")
