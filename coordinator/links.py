@@ -96,16 +96,21 @@ class Paths:
         )
 
     def describe(self, one: str, other: str) -> str:
-        """``Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)``."""
+        """``Studio ↔ Air: en3 21 Gbit/s 0.4 ms (Wi-Fi 0.6 unused)``: the slower direction, and the round trip."""
         heading = f"{self.names[one]} ↔ {self.names[other]}"
-        paths = self.found[one, other]
+        paths, back = self.found[one, other], self.found.get((other, one))
         if not paths:
             return f"{heading}: not reached"
+        if back is not None and not back:
+            return f"{heading}: {self.names[other]} does not reach {self.names[one]}"
         best, chosen = paths[0], _parallel(paths)
         rest = [path for path in paths if path not in chosen]
         by = best.interface or _KINDS[best.kind]
         unused = ", ".join(f"{_KINDS[p.kind] or p.interface} {p.bits_per_second / GIGABIT:.2g}" for p in rest)
-        text = f"{heading}: {by} {bits_text(best.bits_per_second)} {1000 * best.latency_seconds:.1f} ms"
+        both = (best, back[0]) if back else (best,)
+        bits = min(path.bits_per_second for path in both)
+        round_trip = max(path.latency_seconds for path in both)
+        text = f"{heading}: {by} {bits_text(bits)} {1000 * round_trip:.1f} ms"
         return f"{text} ({unused} unused)" if unused else text
 
 

@@ -72,7 +72,7 @@ def links_html(events: Sequence[Mapping[str, Any]]) -> str:
                 found[one, other] = link
     if not found:
         return ""
-    head = "".join(f"<th scope=col>{heading}</th>" for heading in ("speed", "latency", "measured"))
+    head = "".join(f"<th scope=col>{heading}</th>" for heading in ("speed", "round trip", "measured"))
     lines = "".join(_link(pair, link) for pair, link in sorted(found.items()))
     table = f"<table><thead><tr><th scope=col>between</th>{head}</tr></thead>{lines}</table>"
     box = "<div class='scroll tall' tabindex=0 role=region aria-label=Links>"
@@ -82,7 +82,7 @@ def links_html(events: Sequence[Mapping[str, Any]]) -> str:
 def _link(pair: tuple[str, str], link: Mapping[str, Any]) -> str:
     bits, latency = finite(link.get("bits_per_second")) or 0.0, finite(link.get("latency_seconds")) or 0.0
     speed = bits_text(bits) if bits > 0 else "not reached"
-    delay = f"{1000 * latency:.1f} ms" if bits > 0 else ""
+    delay = f"{2000 * latency:.1f} ms" if bits > 0 else ""  # people know there and back, as of ping
     cells = f"<td>{speed}</td><td>{delay}</td><td>{escape(str(link.get('text', '')))}</td>"
     return f"<tr><th scope=row>{escape(' ↔ '.join(pair))}</th>{cells}</tr>"
 

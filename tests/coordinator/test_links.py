@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from coordinator.links import (
     worth_measuring,
 )
 from coordinator.view.format import bits_text
+from coordinator.view.sections import links_html
 from node.errors import NodeError, NodeLost
 from node.hardware import Facts
 from node.info import Interface, InterfaceKind, Measured, NodeInfo, RdmaDevice
@@ -180,7 +182,16 @@ def test_a_link_is_as_good_as_its_worse_direction() -> None:
     assert told["A", "B"] == (links["a", "b"].bits_per_second, links["a", "b"].text)
     assert links["a", "b"].bits_per_second == 4e9
     assert links["a", "b"].latency_seconds == pytest.approx(0.0015)
+    assert links["a", "b"].text == "A ↔ B: en3 4.0 Gbit/s 3.0 ms"
     assert (links["a", "c"].bits_per_second, links["a", "c"].text) == (0.0, "A ↔ C: not reached")
+    shown = links_html([{"links": [dataclasses.asdict(link) for link in found.told()]}])
+    assert "<td>4.0 Gbit/s</td><td>3.0 ms</td><td>A ↔ B: en3 4.0 Gbit/s 3.0 ms</td>" in shown, "they agree"
+
+
+def test_a_link_that_goes_one_way_only_is_none() -> None:
+    found = paths(a_b=(path("b1", 10, "en3"),), b_a=())
+    link = found.between()["a", "b"]
+    assert (link.bits_per_second, link.text) == (0.0, "A ↔ B: B does not reach A")
 
 
 def test_links_in_words() -> None:

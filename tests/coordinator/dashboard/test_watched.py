@@ -113,7 +113,7 @@ def test_a_fleet_is_split_by_node_into_compute_network_and_waiting(tmp_path: Pat
     assert mini["x"] == [6]
     links = snapshot["parts"]["links"]
     assert "Air ↔ Studio" in links
-    assert "<td>21 Gbit/s</td><td>0.4 ms</td>" in links
+    assert "<td>21 Gbit/s</td><td>0.8 ms</td>" in links
     assert "1.0 Gbit/s" not in links
     assert "en3 &lt;b&gt;" in links
 
