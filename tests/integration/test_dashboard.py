@@ -260,3 +260,23 @@ def test_a_page_of_a_server_that_was_started_anew_says_what_to_open(browser: Bro
         watching.page.goto(address)
         watching.until("document.body.dataset.step === '30'")
         assert watching.page.locator("#live").inner_text() == "the run has ended"
+
+
+def test_names_of_options_keep_to_their_column(browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path, total=30)
+    with (tmp_path / "config.yaml").open("a") as config:
+        config.write("grad_accumulation_steps: 1\nclear_cache_threshold: 0\nresume_adapter_file: /a/b/c.safetensors\n")
+    place, address = serve()
+    with beside(place, [tmp_path]):
+        for width in (320, 390, 710, 1280):
+            watching = Watching(browser, address, phone=True)
+            watching.page.set_viewport_size({"width": width, "height": 844})
+            watching.until("document.body.dataset.step === '30'")
+            names = watching.page.locator(".options dt").all_inner_texts()
+            assert "grad_accumulation_steps" in names
+            wide = watching.page.locator(".options dt, .options dd").evaluate_all(
+                "all => all.filter((cell) => cell.scrollWidth > cell.clientWidth).map((cell) => cell.textContent)"
+            )
+            assert wide == [], width
+            watching.page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+            watching.check()
