@@ -37,7 +37,7 @@ def dashboard(run: tuple[str, ...], port: int | None, host: str | None) -> None:
     from coordinator.dashboard.address import open_place
     from coordinator.dashboard.serve import serve
 
-    place = open_place(host, port)
+    place = open_place(host, port, "--")
     click.echo(f"dashboard: {place.url} (Ctrl-C stops)")
     serve(folders, place.socket, place.host, place.token)
 

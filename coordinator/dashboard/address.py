@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import secrets
 import socket
 from dataclasses import dataclass
@@ -37,12 +38,13 @@ class Place:
         return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
 
 
-def open_place(host: str | None, port: int | None) -> Place:
+def open_place(host: str | None, port: int | None, options: str = "--dashboard-") -> Place:
     """Listen.
 
     Args:
         host: a name or an address of this machine; None for loopback, which needs no token.
         port: None for the usual one, or a free one where that is taken.
+        options: how the options begin that end in ``host`` and ``port``, for people.
 
     Raises:
         UserError: it cannot be listened there.
@@ -52,13 +54,13 @@ def open_place(host: str | None, port: int | None) -> Place:
         address = socket.getaddrinfo(wanted, None, type=socket.SOCK_STREAM)[0][4][0]
         family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
     except (OSError, ValueError) as error:
-        raise UserError(f"--dashboard-host {wanted}: not found; give an address of this machine") from error
-    opened = _listen(wanted, str(address), family, port)
+        raise UserError(f"{options}host {wanted}: not found; give an address of this machine") from error
+    opened = _listen(wanted, str(address), family, port, options)
     token = "" if ipaddress.ip_address(address).is_loopback else secrets.token_urlsafe(24)
     return Place(opened, wanted, token)
 
 
-def _listen(wanted: str, address: str, family: socket.AddressFamily, port: int | None) -> socket.socket:
+def _listen(wanted: str, address: str, family: socket.AddressFamily, port: int | None, options: str) -> socket.socket:
     for number in (PORT, 0) if port is None else (port,):
         try:
             return socket.create_server((address, number), family=family)
@@ -66,11 +68,15 @@ def _listen(wanted: str, address: str, family: socket.AddressFamily, port: int |
             if port is None and number and error.errno == errno.EADDRINUSE:
                 continue
             if error.errno == errno.EADDRINUSE:
-                raise UserError(f"--dashboard-port {number} is taken; choose another one") from error
-            reason = error.strerror or str(error)
+                raise UserError(f"{options}port {number} is taken; choose another one") from error
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(
+                    f"{options}host {wanted}: this machine has no such address; give one of its own"
+                ) from error
+            # The error's own text repeats the address.
+            reason = os.strerror(error.errno) if error.errno is not None else str(error)
             raise UserError(
-                f"cannot listen on {wanted}, port {number}: {reason}; choose another --dashboard-host or"
-                " --dashboard-port"
+                f"cannot listen on {wanted}, port {number}: {reason}; choose another {options}host or {options}port"
             ) from error
     raise AssertionError("a free port was tried")
 

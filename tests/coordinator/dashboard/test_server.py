@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import json
 import socket
@@ -220,6 +221,27 @@ def test_a_taken_port_is_a_clear_mistake_and_the_usual_one_gives_way() -> None:
         assert first.getsockname() != second.getsockname()
     with pytest.raises(UserError, match="--dashboard-host no such host: not found"):
         open_place("no such host", 0)
+
+
+def test_the_command_names_its_own_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "adapters", total=10)
+    with open_place(None, 0).socket as taken:
+        port = str(taken.getsockname()[1])
+        assert run_cli(coordinator, ["dashboard", str(tmp_path / "adapters"), "--port", port]) == 2
+        assert f" --port {port} is taken; choose another one\n" in capsys.readouterr().err
+    # Addresses of documentation (RFC 5737) are nobody's.
+    assert run_cli(coordinator, ["dashboard", str(tmp_path / "adapters"), "--host", "192.0.2.1"]) == 2
+    assert " --host 192.0.2.1: this machine has no such address; give one of its own\n" in capsys.readouterr().err
+
+
+def test_any_other_reason_is_told_without_the_systems_way_of_saying_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(address: tuple[str, int], **_: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, f"Permission denied (while attempting to bind on address {address!r})")
+
+    monkeypatch.setattr(socket, "create_server", refused)
+    line = "cannot listen on 127.0.0.1, port 80: Permission denied; choose another --host or --port"
+    with pytest.raises(UserError, match=f"^{line}$"):
+        open_place(None, 80, "--")
 
 
 @pytest.mark.parametrize(
