@@ -7,6 +7,7 @@ import contextlib
 import errno
 import http.client
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,8 +26,10 @@ from coordinator.dashboard.beside import beside
 from coordinator.dashboard.feed import Feed
 from coordinator.dashboard.snapshot import run_snapshot
 from coordinator.dashboard.watched import Watched
+from coordinator.running import index
 from node.clikit import run_cli
 from node.errors import UserError
+from tests.coordinator.running.made import make_run
 from tests.coordinator.view.synthetic import step_metrics, write_run
 from tests.fixtures.runs import ENTRY
 
@@ -280,6 +283,32 @@ def test_the_command_serves_past_runs_until_ctrl_c(folder: Path, tmp_path: Path)
         assert list(stream) == []
         _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors.strip()) == (130, "stopped")
+
+
+def test_without_a_name_the_last_run_is_shown(tmp_path: Path) -> None:
+    first, last = (make_run(run, tmp_path / run, [3.0, loss]) for run, loss in (("a", 2.0), ("b", 1.0)))
+    index.record("a", began=1.7e9)
+    index.record("b", began=1.8e9)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for place in (last, first):
+        with run_command("--port", "0", cwd=elsewhere) as process:
+            assert process.stdout is not None
+            client = Client(int(process.stdout.readline().split(":")[3].split("/")[0]))
+            assert f"the last run, in {place}; for others: coordinator runs" in process.stdout.readline()
+            assert json.loads(client.ask("/data/0").body)["title"] == place.name
+            process.send_signal(2)
+            process.communicate(timeout=30)
+        shutil.rmtree(last, ignore_errors=True)  # then it is that whose files are still there
+
+
+def test_where_there_is_no_run_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.chdir(tmp_path):
+        assert run_cli(coordinator, ["dashboard"]) == 2
+        assert "there is no run yet; coordinator train begins one" in capsys.readouterr().err
+        shutil.rmtree(make_run("a", tmp_path / "a", [3.0]))
+        assert run_cli(coordinator, ["dashboard"]) == 2
+        assert "coordinator runs says where" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty"])
