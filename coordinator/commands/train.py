@@ -97,14 +97,16 @@ def run(
         _detach(options, mode, resume=resume)
         return
     with contextlib.ExitStack() as stack:
+        address = ""
         if dashboard:
             from coordinator.dashboard.address import open_place
             from coordinator.dashboard.beside import beside
 
             place = open_place(dashboard_host, dashboard_port)
-            click.echo(f"dashboard: {place.url}", err=True)  # nowhere else: events are written down, with the token
+            address = place.url
+            click.echo(f"dashboard: {address}", err=True)  # as no event: they are written down, with the token
             stack.enter_context(beside(place, [Path(options.adapter_path)]))
-        asyncio.run(start(options, make_view(mode, facts().total_memory_bytes or 0), resume=resume))
+        asyncio.run(start(options, make_view(mode, facts().total_memory_bytes or 0, address), resume=resume))
 
 
 def _detach(options: TrainConfig, mode: ViewMode, *, resume: bool) -> None:

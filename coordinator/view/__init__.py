@@ -12,12 +12,13 @@ from coordinator.view.plain import JsonView, PlainView
 ViewMode = Literal["auto", "plain", "json", "quiet"]
 
 
-def make_view(mode: ViewMode = "auto", total_memory_bytes: int = 0) -> Reader:
+def make_view(mode: ViewMode = "auto", total_memory_bytes: int = 0, dashboard: str = "") -> Reader:
     """The view on standard output that was asked for.
 
     Args:
         mode: ``auto`` draws in a terminal and writes plain lines elsewhere.
         total_memory_bytes: of this machine, for the colour of the memory in use; 0 when it is not known.
+        dashboard: the address of the run's page, which what is drawn keeps in sight; "" where there is none.
     """
     if mode == "json":
         return JsonView(sys.stdout)
@@ -25,7 +26,7 @@ def make_view(mode: ViewMode = "auto", total_memory_bytes: int = 0) -> Reader:
         # rich takes a while to import, and only a terminal needs it.
         from coordinator.view.terminal import TerminalView
 
-        return TerminalView(total_memory_bytes=total_memory_bytes)
+        return TerminalView(total_memory_bytes=total_memory_bytes, dashboard=dashboard)
     return PlainView(sys.stdout, quiet=mode == "quiet")
 
 

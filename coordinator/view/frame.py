@@ -30,6 +30,7 @@ CELL_WIDTH = 36
 INDENT = "  "
 PLOT_RANK = 4  # cut off it would mislead
 NOTES_RANK = 5
+MOST_PLOT_ROWS = 20
 LEAST_NOTE_ROWS = 4
 
 
@@ -41,7 +42,7 @@ class Block:
     lines: list[Text]
 
 
-def frame(state: RunState, width: int, height: int, total_memory_bytes: int) -> list[Text]:
+def frame(state: RunState, width: int, height: int, total_memory_bytes: int, dashboard: str = "") -> list[Text]:
     """The lines of one frame: none is wider than ``width``, and there are at most ``height`` of them.
 
     Args:
@@ -49,18 +50,21 @@ def frame(state: RunState, width: int, height: int, total_memory_bytes: int) -> 
         width: of the terminal, in cells.
         height: of the terminal, in cells.
         total_memory_bytes: of this machine; 0 when it is not known.
+        dashboard: the address of the run's page, or "".
     """
-    plot_height = 5 if height >= 24 else 3
     blocks = [
         Block(6, header(state, width)),
+        Block(3, address_lines(dashboard, width)),
         Block(0, [step_bar(state, width)] if state.started else []),
         Block(1, [task_bar(task, width) for task in state.tasks.values()]),
         Block(2, statistics(state, width, total_memory_bytes) if state.step or state.validation else []),
         Block(3, fleet_lines(state, width, height)),
-        Block(PLOT_RANK, loss_plot(state, width, plot_height)),
+        Block(PLOT_RANK, []),
         Block(7, sample_lines(state)),
         Block(NOTES_RANK, note_lines(state, width, max(LEAST_NOTE_ROWS, height // 6))),
     ]
+    room = height - sum(len(block.lines) for block in blocks)
+    next(block for block in blocks if block.rank == PLOT_RANK).lines = loss_plot(state, width, _plot_rows(height, room))
     rows_left = height
     for block in sorted(blocks, key=lambda b: b.rank):
         missing = max(len(block.lines) - rows_left, 0)
@@ -76,6 +80,27 @@ def frame(state: RunState, width: int, height: int, total_memory_bytes: int) -> 
         line.no_wrap = True
         line.truncate(max(width, 1), overflow="ellipsis")
     return lines
+
+
+def _plot_rows(height: int, room: int) -> int:
+    """How high the loss curve is drawn: with the screen, as far as that pushes nothing else out.
+
+    Args:
+        height: of the terminal, in cells.
+        room: rows that everything else leaves, one for the gap above it included.
+    """
+    least = 5 if height >= 24 else 3
+    return max(least, min(room - 1, least + (height - 30) // 2, MOST_PLOT_ROWS))
+
+
+def address_lines(address: str, width: int) -> list[Text]:
+    """Where the browser shows the run: whole, because it is to be copied."""
+    if not address:
+        return []
+    label = "dashboard  " if len(address) + len("dashboard  ") <= width else ""
+    if label:
+        return [Text.assemble((label, "dim"), address)]
+    return [Text(piece) for piece in chop_cells(address, max(width, 1))]
 
 
 def header(state: RunState, width: int) -> list[Text]:

@@ -28,12 +28,21 @@ class TerminalView:
         console: where to draw; the standard output by default.
         total_memory_bytes: of this machine, for the colour of the memory in use; 0 when it is not known.
         live: whether to redraw; tests render single frames instead.
+        dashboard: the address of the run's page, or "".
     """
 
-    def __init__(self, console: Console | None = None, *, total_memory_bytes: int = 0, live: bool = True) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        total_memory_bytes: int = 0,
+        live: bool = True,
+        dashboard: str = "",
+    ) -> None:
         self.console = console or Console(highlight=False)
         self.state = RunState()
         self._total_memory_bytes = total_memory_bytes
+        self._dashboard = dashboard
         self._lock = threading.Lock()
         self._drawn_width = 0
         self._live = Live(
@@ -62,7 +71,7 @@ class TerminalView:
         """The present picture, for the console's present size."""
         width, height = self.console.size
         with self._lock:
-            lines = frame(self.state, width, max(height - 1, 1), self._total_memory_bytes)
+            lines = frame(self.state, width, max(height - 1, 1), self._total_memory_bytes, self._dashboard)
             # A terminal folds the old picture when it is made narrower, and nobody knows where its top then is.
             folded = 0 < self._drawn_width != width
             self._drawn_width = width

@@ -62,7 +62,7 @@ def test_what_is_seen_while_it_trains_and_when_it_is_stopped(
         assert re.search(r"loss +\d\.\d{3}", text)
         assert re.search(r"validation +\d\.\d{3} at step \d+", text)
         assert re.search(r"speed +[\d,]+ tokens/s", text)
-        assert sum("█" in line for line in screen.lines) == (3 if rows == 24 else 5), "the loss curve"
+        assert sum("█" in line for line in screen.lines) == (3 if rows == 24 else 14), "the loss curve"
         assert re.search("form a group|shares of the rows now|the network takes", text), "the last events"
         screen.press("\x03")
         assert screen.wait() == 130
@@ -76,7 +76,7 @@ def test_a_window_that_is_dragged_shows_one_picture(
     inputs: Path, nodes: tuple[Path, list[ServingNode]], tmp_path: Path
 ) -> None:
     home, found = nodes
-    command = arguments(inputs, tmp_path / "adapters", found)
+    command = [*arguments(inputs, tmp_path / "adapters", found), "--dashboard", "--dashboard-port", "0"]
     with Screen(*command, columns=120, rows=40, environment={"TANDEM_HOME": str(home)}) as screen:
         screen.until(lambda text: at_least(10, text))
         for columns, rows in ((70, 20), (160, 50), (40, 12)):
@@ -85,6 +85,7 @@ def test_a_window_that_is_dragged_shows_one_picture(
             text = screen.until(lambda text, fitting=fitting: fitting.search(text) is not None)  # type: ignore[misc]
             assert len(re.findall(r"^step \d", text, re.MULTILINE)) == 1, text
             assert "tokens/s" in text
+            assert re.search(r"^(dashboard  )?http://127\.0\.0\.1:\d+/$", text, re.MULTILINE), "to be opened now"
             assert ("wait" in text) == (columns >= 56)
         screen.press("\x03")
         assert screen.wait() == 130

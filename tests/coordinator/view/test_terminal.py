@@ -184,6 +184,32 @@ def test_on_a_small_screen_the_newest_is_told() -> None:
     assert lines(*during(57), *notes, height=10)[-1] == "saved checkpoint 3"
 
 
+def test_the_loss_curve_grows_with_the_screen_and_pushes_nothing_out() -> None:
+    def drawn(height: int, *more: RunEvent) -> list[str]:
+        return [line for line in lines(*during(57), *more, height=height) if set(line) & set("▁▂▃▄▅▆▇█")]
+
+    assert [len(drawn(height)) for height in (23, 24, 39, 49, 80)] == [3, 5, 9, 14, 20]
+    many = [Noted("x", "word " * 40, "warning") for _ in range(8)]
+    for height in (30, 39, 49):
+        found = lines(*during(57), *many, height=height)
+        assert len(found) <= height
+        assert any("SELECT name FROM tables" in line for line in found), "what is the first to go"
+    assert len(drawn(49, *many)) == 14
+
+
+@pytest.mark.parametrize("width", [12, 40, 80])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:21700/", f"http://studio.local:21700/?token={'x' * 32}"])
+def test_the_address_of_the_page_is_always_there_and_whole(width: int, address: str) -> None:
+    for events in ([Advanced("loading model", 0, 0)], during(57)):
+        state = RunState()
+        for event in events:
+            state.apply(event)
+        found = [line.plain for line in frame(state, width, 30, 0, address)]
+        assert address in "".join(line.removeprefix("dashboard  ") for line in found)
+        assert max(map(cell_len, found)) <= width
+    assert "dashboard" not in "".join(lines(*during(57)))
+
+
 def test_long_words_and_wide_ones_are_wrapped() -> None:
     assert wrapped("aa bb cc", 5) == ["aa bb", "  cc"]
     assert wrapped("a bbbbbbb c", 5) == ["a bbb", "  bbb", "  b c"]
