@@ -87,9 +87,9 @@ def wrap_trainer(trainer):
                 happen(fault)
         return plain(self, share)
 
-    def slowed(self, share):
+    def slowed(self, share, **options):
         began = time.perf_counter()
-        result = accumulate(self, share)
+        result = accumulate(self, share, **options)
         for number, fault in enumerate(FAULTS):
             if fault["do"] == "slow" and fault["step"] <= share.step < fault["step"] + fault["steps"]:
                 time.sleep(9 * (time.perf_counter() - began))
