@@ -49,18 +49,21 @@ def metrics_of(reports: Mapping[str, StepDone], rows: Mapping[str, int]) -> dict
         "padded_tokens": sum(report.padded_tokens for report in done),
     }
     if any(rows):
-        values["per_node"] = {
-            name: {
-                "rows": rows[name],
-                "positions": reports[name].padded_tokens,
-                "compute_seconds": reports[name].compute_seconds,
-                "wait_seconds": reports[name].wait_seconds,
-                "peak_memory_bytes": reports[name].peak_memory_bytes,
-            }
-            for name in rows
-            if name in reports
-        }
+        values["per_node"] = {name: _part(count, reports.get(name)) for name, count in rows.items()}
     return values
+
+
+def _part(rows: int, report: StepDone | None) -> dict[str, Any]:
+    """One machine's part of a step; of one that was lost before it could report, the rows: the sum has them."""
+    if report is None:
+        return {"rows": rows}
+    return {
+        "rows": rows,
+        "positions": report.padded_tokens,
+        "compute_seconds": report.compute_seconds,
+        "wait_seconds": report.wait_seconds,
+        "peak_memory_bytes": report.peak_memory_bytes,
+    }
 
 
 @dataclass

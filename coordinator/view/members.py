@@ -42,7 +42,7 @@ class MemberState:
     peak_memory_bytes: float | None = None
 
     def take(self, figures: Mapping[str, Any]) -> None:
-        """Enter a step's figures."""
+        """Enter a step's figures; who was lost before it could report has none but its rows, and goes."""
         values = [finite(figures.get(key)) or 0.0 for key in ("rows", "positions", "compute_seconds", "wait_seconds")]
         self.turns.append(Turn(*values))
         self.peak_memory_bytes = finite(figures.get("peak_memory_bytes")) or self.peak_memory_bytes

@@ -28,7 +28,7 @@ class NodeRecord:
 
     Attributes:
         rows: of each step of the run; 0 where it took no part.
-        compute, wait: its seconds of computing and of waiting in each step; NaN where it took no part.
+        compute, wait: its seconds of computing and of waiting in each step; NaN where it took no part or was lost.
         memory: its peak in bytes up to each step; NaN likewise.
         steps: it took part in.
         last_step: the last of them.
@@ -65,9 +65,9 @@ class NodeRecord:
             self.steps += 1
             self.last_step = step
             self.positions += positions
-            self.compute_seconds += compute
-            self.wait_seconds += wait
-            self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
+            self.compute_seconds += finite(compute) or 0.0
+            self.wait_seconds += finite(wait) or 0.0
+            self.peak_memory_bytes = max(self.peak_memory_bytes, finite(peak) or 0.0)
 
 
 @dataclass
@@ -145,6 +145,7 @@ class RunRecord:
         for name, node in self.nodes.items():
             node.take(int(step), parts.get(name))
         times = [figures[NODE_FIGURES.index("compute_seconds")] for figures in parts.values()]
+        times = [seconds for seconds in times if math.isfinite(seconds)]
         self.mean_compute.append(sum(times) / len(times) if times else math.nan)
 
     def take_event(self, event: dict[str, Any]) -> None:
@@ -178,8 +179,12 @@ def _parts(per_node: object) -> dict[str, tuple[float, ...]]:
     """Each machine's figures of one step."""
     if not isinstance(per_node, dict):
         return {}
+    # Who was lost before it could report has rows only.
+    unknown = dict.fromkeys(("compute_seconds", "wait_seconds", "peak_memory_bytes"), math.nan)
     return {
-        name: tuple(finite(figures.get(key)) or 0.0 for key in NODE_FIGURES)
+        name: tuple(
+            unknown.get(key, 0.0) if key not in figures else finite(figures[key]) or 0.0 for key in NODE_FIGURES
+        )
         for name, figures in per_node.items()
         if isinstance(figures, dict)
     }

@@ -60,6 +60,8 @@ def test_who_is_left_over_of_several_is_named_and_the_only_one_is_not() -> None:
     left = metrics_of({"ada": done(1)}, {"ada": 8})
     assert left["nodes"] == 1
     assert {name: part["rows"] for name, part in left["per_node"].items()} == {"ada": 8}
+    silent = metrics_of({"ada": done(1)}, {"ada": 5, "ben": 3})["per_node"]
+    assert (silent["ada"]["rows"], silent["ben"]) == (5, {"rows": 3}), "lost before it could report"
     assert "per_node" not in metrics_of({"": done(1)}, {})
     assert "per_node" not in metrics_of({"": done(1)}, {"": 8})
 

@@ -109,8 +109,12 @@ def test_a_fleet_has_its_machines_shares_and_the_parts_of_a_step(tmp_path: Path)
 def test_steps_that_one_of_several_did_alone_are_its_own(tmp_path: Path) -> None:
     alone = fleet_metrics(1, ("Air",))["per_node"]
     alone["Air"]["rows"] = 8
+    lost = fleet_metrics(50)["per_node"]
+    lost["Studio"] = {"rows": 6}
     rows = [
-        fleet_metrics(step) if step <= 50 else fleet_metrics(step, ("Air",), per_node=alone) for step in range(1, 101)
+        *(fleet_metrics(step) for step in range(1, 50)),
+        fleet_metrics(50, per_node=lost),
+        *(fleet_metrics(step, ("Air",), per_node=alone) for step in range(51, 101)),
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = read_run(tmp_path)
@@ -122,6 +126,8 @@ def test_steps_that_one_of_several_did_alone_are_its_own(tmp_path: Path) -> None
     cells = {name: re.findall("<td>(.*?)</td>", row) for name, row in lines}
     assert cells["Air"][:3] == ["62 %", "100", "100"]
     assert cells["Studio"][:3] == ["38 %", "50", "50"]
+    assert record.nodes["Studio"].compute_seconds == pytest.approx(49 * 0.75), "of the last one it told nothing"
+    assert record.mean_compute[49] == 1.0
     (air,) = (chart for chart in charts.values() if chart.title == "Step of Air")
     assert min(value for _, value in air.curves[0].points) > 0, "no hole where it was alone"
 
