@@ -110,8 +110,8 @@ class StepFinished:
 
     Keys: step, iter, loss, tokens, learning_rate, grad_norm, seconds, compute_seconds, wait_seconds, nodes,
     peak_memory_bytes, padded_tokens; where several machines take part, or may, also ``per_node``, in the steps that one
-    did alone, too: by name rows, positions, compute_seconds, wait_seconds, peak_memory_bytes. ``report`` is true where
-    ``--steps-per-report`` asks for a line.
+    did alone, too: by name rows, positions, compute_seconds, wait_seconds, peak_memory_bytes; of who was lost before it
+    could report, rows only. ``report`` is true where ``--steps-per-report`` asks for a line.
     """
 
     metrics: dict[str, Any]
