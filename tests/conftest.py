@@ -20,8 +20,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # As the worker does on a CPU: compiling starts a C++ compiler.
 os.environ["MLX_DISABLE_COMPILE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Also where the suite runs under nohup, which what it starts would inherit.
+# Also where the suite runs under nohup or in the background of a script, which what it starts would inherit.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
