@@ -39,7 +39,9 @@ def prepare_streams() -> None:
         if stream is None:
             handle = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(handle, handle == number)
-            setattr(sys, attribute, os.fdopen(handle, "r" if number == 0 else "w", encoding="utf-8"))
+            # Never closed, as Python's own streams are not.
+            mode = "r" if number == 0 else "w"
+            setattr(sys, attribute, os.fdopen(handle, mode, encoding="utf-8", closefd=False))
         elif number and stream is getattr(sys, f"__{attribute}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             raw = _Named(stream.fileno(), called)
