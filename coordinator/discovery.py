@@ -41,12 +41,12 @@ QUIET_SECONDS = 0.3
 """Once so long nothing new has been heard, nothing more is expected."""
 LISTING_PATIENCE_SECONDS = 0.3
 PATIENCE_SECONDS = 2.0
+"""For nodes that were seen and are slow to answer, where a training depends on them."""
 SELECT_SECONDS = 2.4
 SELECT_LEAST_SECONDS = 2.2
 """Before a training, which looks for nodes while it reads its model: long enough for a second question to be answered
 by nodes that have spoken within the second before the first one and keep quiet therefore.
 """
-"""For nodes that were seen and are slow to answer, where a training depends on them."""
 FAREWELL_SECONDS = 0.6
 """From a node's farewell, which it repeats, until it answers no more."""
 AGAIN_SECONDS = 0.5

@@ -149,6 +149,8 @@ async def _place(pairing: Pairing, name: str | None) -> Place:
     if name is not None and (address := split_address(name)) is not None:
         return Place(name, (address,))
     found = await _look()
+    if name is not None and not _called(name, found):
+        found = await _look(thoroughly=True)
     if name is None:
         seen = can_be_paired(pairing, found.nodes)
         if len(seen) == 1:
@@ -157,7 +159,7 @@ async def _place(pairing: Pairing, name: str | None) -> Place:
         if seen:
             raise UserError(f"{len(seen)} nodes can be paired: {_listed(seen)}; say which: coordinator pair NAME")
         raise UserError(f"no node that can be paired was found{_trouble(found)}; {_what_to_do()}")
-    named = [seen for seen in found.nodes if name.casefold() in (seen.label.casefold(), seen.id) or name == seen.name]
+    named = _called(name, found)
     exact = [seen for seen in named if name in (seen.label, seen.id)] or named
     if len(exact) > 1:
         raise UserError(f"{name}: {len(exact)} nodes have this name: {_listed(exact)}; give an address")
@@ -173,10 +175,19 @@ async def _place(pairing: Pairing, name: str | None) -> Place:
     return Place.of(exact[0])
 
 
-async def _look() -> Found:
-    from coordinator.discovery import look, parse_wanted
+def _called(name: str, found: Found) -> list[SeenNode]:
+    """Those of this name or id."""
+    return [seen for seen in found.nodes if name.casefold() in (seen.label.casefold(), seen.id) or name == seen.name]
 
-    return await look(parse_wanted("auto"))
+
+async def _look(*, thoroughly: bool = False) -> Found:
+    """Who is there; thoroughly, also who kept quiet at the first question or is slow to answer."""
+    from coordinator.discovery import PATIENCE_SECONDS, SELECT_LEAST_SECONDS, SELECT_SECONDS, look, parse_wanted
+
+    wanted = parse_wanted("auto")
+    if not thoroughly:
+        return await look(wanted)
+    return await look(wanted, seconds=SELECT_SECONDS, patience=PATIENCE_SECONDS, least=SELECT_LEAST_SECONDS)
 
 
 def _listed(nodes: Sequence[SeenNode]) -> str:

@@ -195,9 +195,9 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         yield type_
 
 
-def look_gives(monkeypatch: pytest.MonkeyPatch, nodes: Sequence[SeenNode]) -> None:
-    async def look() -> Found:
-        return Found(tuple(nodes), 1.0, "")
+def look_gives(monkeypatch: pytest.MonkeyPatch, nodes: Sequence[SeenNode], *, late: Sequence[SeenNode] = ()) -> None:
+    async def look(*, thoroughly: bool = False) -> Found:
+        return Found((*nodes, *(late if thoroughly else ())), 1.0, "")
 
     monkeypatch.setattr(command, "_look", look)
 
@@ -219,6 +219,18 @@ def test_a_person_is_asked_again_after_a_slip(
             assert node.friends == ["Studio"]
             assert said().count("The code that Air shows: ") == 2
             assert "a code has 8 digits" in said()
+
+    asyncio.run(work())
+
+
+def test_who_is_slow_to_answer_is_found_by_name(
+    tandem_home: Path, tmp_path: Path, typed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with pairable(tmp_path / "air") as node:
+            look_gives(monkeypatch, [], late=[seen_of(node)])
+            typed(node.code)
+            assert (await command._pair(Pairing(tandem_home, "Studio"), "air", None)).name == "Air"
 
     asyncio.run(work())
 
