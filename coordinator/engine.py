@@ -505,7 +505,8 @@ class Engine:
         self._names |= {member.id: member.name or member.called for member in crew.members}
         if len(crew) == 1:
             share = steps.share(step)
-            self._settle_rows(step, crew.ids[0], share)
+            if self._work.reuse_prefix:
+                self._homes.settle(steps.row_ids(step), crew.ids[0], crew.ids)
             self._rows[step] = {crew.ids[0]: sum(len(part.ids) for part in share.micro_batches)}
             limit = self._lone_limit(share, step)
             self._watch.step(step, [limit], limit, now)
@@ -513,7 +514,8 @@ class Engine:
             return
         members = crew.members
         paces = [slowed(_pace(member), member.condition_factor) for member in members]
-        affinity = self._homes.wishes(steps.row_ids(step), crew.ids) if self._work.reuse_prefix else None
+        row_ids = steps.row_ids(step) if self._work.reuse_prefix else None
+        affinity = self._homes.wishes(row_ids, crew.ids) if row_ids is not None else None
         shares = steps.shares(step, paces, [member.token_limit for member in members], affinity)
         seconds = [pace.predict(share.positions) for pace, share in zip(paces, shares, strict=True)]
         early = FIRST_SECONDS if step - self._group_began <= UNPREDICTED_STEPS else 0.0
@@ -526,7 +528,9 @@ class Engine:
         self._watch.step(step, [patience(predicted, more) for predicted in seconds], sum_limit, now)
         self._rows[step] = {}
         for member, share in zip(members, shares, strict=True):
-            self._settle_rows(step, member.id, share)
+            if row_ids is not None:
+                positions = [position for part in share.micro_batches for position in part.ids.tolist()]
+                self._homes.settle(row_ids[positions], member.id, crew.ids)
             self._rows[step][member.id] = sum(len(part.ids) for part in share.micro_batches)
             sizes = [len(part.ids) * part.padded_length for part in share.micro_batches]
             self._largest[member.id] = max(sizes, default=self._largest.get(member.id, 0))
@@ -534,12 +538,6 @@ class Engine:
         wait = LONGEST_WAIT_SECONDS + patience(self._predicted, more) + sum_limit
         for index, share in enumerate(shares):
             await crew.send(index, TrainStep(dataclasses.replace(share, check=check, wait_seconds=wait)))
-
-    def _settle_rows(self, step: int, machine: str, share: Share) -> None:
-        """Note who keeps what the frozen layers make of these rows."""
-        if self._work.reuse_prefix:
-            positions = [position for part in share.micro_batches for position in part.ids.tolist()]
-            self._homes.settle(self._work.steps.row_ids(step)[positions], machine, self._crew.ids)
 
     def _lone_limit(self, share: Share, step: int) -> float:
         """How long the only machine may take for a step."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 
 class _StandIn:
@@ -131,6 +132,12 @@ class Cut:
         if not isinstance(output, mx.array) or output.ndim != 3:
             return False
         return close(self.after(output), whole)
+
+
+def trains_only_blocks(model: nn.Module) -> bool:
+    """Whether nothing outside the model's blocks is trained: neither what the head is made of, nor the embedding."""
+    inside = {id(array) for block in model.layers for _, array in tree_flatten(block.trainable_parameters())}
+    return all(id(array) in inside for _, array in tree_flatten(model.trainable_parameters()))
 
 
 # What rounding may do where the same product is computed for another number of rows.

@@ -15,11 +15,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from node.logits import rows_at_once
 from node.spec import Rows
-from node.worker.cut import Cut, close
+from node.worker.cut import Cut, close, trains_only_blocks
 
 # Where the models of mlx-lm keep all that comes before the head.
 BODIES = (("model",), ("transformer",), ("backbone",), ("language_model", "model"))
@@ -87,7 +86,7 @@ class TokenLoss:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._head = None if _trains_its_head(model) else _find_head(model)
+        self._head = _find_head(model) if trains_only_blocks(model) else None
         self.in_parts = self._head is not None
 
     def __call__(self, batch: Batch) -> mx.array:
@@ -188,12 +187,6 @@ def _summed(head: _Head, hidden: mx.array, targets: mx.array, weights: mx.array)
 
     outputs: Any = summed(hidden)
     return outputs[0]
-
-
-def _trains_its_head(model: nn.Module) -> bool:
-    """Whether anything outside the blocks is trained: it could be what the head is made of."""
-    inside = {id(array) for block in model.layers for _, array in tree_flatten(block.trainable_parameters())}
-    return any(id(array) not in inside for _, array in tree_flatten(model.trainable_parameters()))
 
 
 def _find_head(model: nn.Module) -> _Head | None:

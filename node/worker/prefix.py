@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from node.spec import Rows
-from node.worker.cut import Cut
+from node.worker.cut import Cut, trains_only_blocks
 
 # Of what is free on the disk when the first row is kept, and in all.
 DISK_SHARE = 0.25
@@ -55,11 +55,8 @@ class Prefix:
             model: what is trainable in it does not change any more.
             folder: where outputs are kept; None keeps none.
         """
-        blocks = model.layers
-        trained = [index for index, block in enumerate(blocks) if tree_flatten(block.trainable_parameters())]
-        inside = {id(array) for index in trained for _, array in tree_flatten(blocks[index].trainable_parameters())}
-        elsewhere = any(id(array) not in inside for _, array in tree_flatten(model.trainable_parameters()))
-        if elsewhere or not trained or trained[0] == 0:
+        trained = [index for index, block in enumerate(model.layers) if tree_flatten(block.trainable_parameters())]
+        if not trained or trained[0] == 0 or not trains_only_blocks(model):
             return None
         try:
             cut = Cut.at_block(model, trained[0] - 1)
