@@ -118,8 +118,9 @@ class Training:
         A callback that does not return within two seconds is left behind in its thread, which the result's error says.
         """
         self._aborted = True
-        self.stop()
+        # In this order: a run that is only asked to stop first may save its state and end before it is cancelled.
         self._work.cancel()
+        self.stop()
 
     # --- events ---------------------------------------------------------------------------------------------------
 
