@@ -22,6 +22,7 @@ from coordinator.config import TrainConfig
 from coordinator.config_file import merge, read_yaml
 from coordinator.crew import Member, StopRequested, unless_stopped
 from coordinator.data.batches import Batches
+from coordinator.data.padding import positions_at_once
 from coordinator.data.tokenset import TokenSet
 from coordinator.engine import Engine, Work
 from coordinator.finish import fuse_result, next_commands, summary
@@ -378,7 +379,7 @@ class _Job:
                 f" {config.grad_accumulation_steps}, which cannot be taken up again; start a new run from its adapter"
                 " with --resume-adapter-file"
             )
-        steps = StepSource(train, self.batches, self.program)
+        steps = StepSource(train, self.batches, self.program, positions_at_once(config.fine_tune_type))
         steps.token_limit = fitting_tokens(largest, model, train.longest) if self.selection is None else None
         self.token_limit = steps.token_limit
         if validation is not None:

@@ -37,15 +37,17 @@ class StepSource:
         tokens: the training data.
         batches: which rows form which batch.
         program: which batches form which step.
+        at_once: most input positions of a micro-batch in any case, or None.
 
     Attributes:
-        token_limit: most input positions of a micro-batch, or None; set when memory is short.
+        token_limit: the same where memory is short, or None.
     """
 
-    def __init__(self, tokens: TokenSet, batches: Batches, program: Program) -> None:
+    def __init__(self, tokens: TokenSet, batches: Batches, program: Program, at_once: int | None = None) -> None:
         self._tokens = tokens
         self._batches = batches
         self._program = program
+        self._at_once = at_once
         self.token_limit: int | None = None
         self._largest = 0
 
@@ -56,7 +58,7 @@ class StepSource:
         for iteration in self._program.iters(step):
             rows = gather(self._tokens, self._batches.rows(iteration), position)
             position += len(rows.ids)
-            parts += micro_batches(rows, self.token_limit)
+            parts += micro_batches(rows, self._limit(self.token_limit))
         self._largest = max(self._largest, *(len(part.ids) * part.padded_length for part in parts))
         return Share(step, tuple(parts))
 
@@ -96,7 +98,7 @@ class StepSource:
             longest_first = rows[np.argsort(-padded[rows], kind="stable")]
             parts = []
             start = 0
-            for size in group_rows(padded[longest_first].tolist(), limit, self._batches.batch_size):
+            for size in group_rows(padded[longest_first].tolist(), self._limit(limit), self._batches.batch_size):
                 parts.append(self._numbered(row_ids, np.sort(longest_first[start : start + size])))
                 start += size
             shares.append(Share(step, tuple(parts)))
@@ -105,6 +107,9 @@ class StepSource:
     def row_ids(self, step: int) -> Indices:
         """(rows,) ids in the data of the rows of a step, in the order in which they are numbered."""
         return np.concatenate([self._batches.rows(iteration) for iteration in self._program.iters(step)])
+
+    def _limit(self, limit: int | None) -> int | None:
+        return min((most for most in (limit, self._at_once) if most is not None), default=None)
 
     def _numbered(self, row_ids: Indices, positions: Indices) -> Rows:
         return dataclasses.replace(gather(self._tokens, row_ids[positions]), ids=positions.astype(np.int32))

@@ -15,10 +15,12 @@ Indices = npt.NDArray[np.int64]
 # What starting one more micro-batch costs, in input positions; below this saving a split does not pay.
 SPLIT_COST_POSITIONS = 64
 SPLIT_GAIN = 0.15
-# Padded lengths grow in these steps within each doubling: at most a quarter is padding above 32 positions.
-STEPS_PER_DOUBLING = 4
+# Padded lengths grow in these steps within each doubling: at most an eighth is padding above 64 positions.
+STEPS_PER_DOUBLING = 8
 FINEST_STEP = 8
 LONGEST_RUNG = 1 << 20
+# A micro-batch of so many input positions keeps a machine busy: a larger one takes more memory, and no less time.
+ENOUGH_POSITIONS = 1024
 
 
 class TokenRows(Protocol):
@@ -33,8 +35,8 @@ class TokenRows(Protocol):
 
 
 def _ladder(limit: int) -> list[int]:
-    """All padded lengths up to the first that is at least ``limit``: 28 up to 2048."""
-    rungs = list(range(FINEST_STEP, 2 * STEPS_PER_DOUBLING * FINEST_STEP + 1, FINEST_STEP))
+    """All padded lengths up to the first that is at least ``limit``: 48 up to 2048."""
+    rungs = list(range(FINEST_STEP, STEPS_PER_DOUBLING * FINEST_STEP + 1, FINEST_STEP))
     while rungs[-1] < limit:
         step = rungs[-1] // STEPS_PER_DOUBLING
         rungs += [rungs[-1] + step * i for i in range(1, STEPS_PER_DOUBLING + 1)]
@@ -42,6 +44,15 @@ def _ladder(limit: int) -> list[int]:
 
 
 RUNGS = _ladder(LONGEST_RUNG)
+
+
+def positions_at_once(fine_tune_type: str) -> int | None:
+    """Most input positions of a micro-batch where memory is no reason for fewer; None is no limit.
+
+    Parts of a batch need their sum of gradients beside their own: small where adapters are trained, and as large as the
+    model where all of it is.
+    """
+    return None if fine_tune_type == "full" else ENOUGH_POSITIONS
 
 
 def padded_length(longest_input: int, max_seq_length: int | None = None) -> int:
@@ -127,9 +138,6 @@ def _worthwhile_split(rows: Rows, order: Indices) -> list[Indices]:
 def _limited_split(rows: Rows, group: Indices, token_limit: int | None) -> list[Indices]:
     if token_limit is None or _cost(rows, group) <= token_limit:
         return [group]
-    pieces = []
-    while len(group):
-        count = max(1, token_limit // _padded(rows, group))
-        pieces.append(group[-count:])
-        group = group[:-count]
-    return pieces[::-1]
+    count = max(1, token_limit // _padded(rows, group))
+    # Pieces of about one size have one or two shapes, and none is a remainder of a single row.
+    return np.array_split(group, -(-len(group) // count))

@@ -127,7 +127,8 @@ def _values(config: Mapping[str, Any], options: EstimateOptions, name: str) -> l
         quantized = quantization(config)[0] or options.bits
         return [] if quantized else [_quantized(options, bits) for bits in (8, 4)]
     if name == "smaller batch":
-        return [replace(options, batch_size=value) for value in _halved(options.batch_size, 1)]
+        smaller = [replace(options, batch_size=value) for value in _halved(options.batch_size, 1)]
+        return [changed for changed in smaller if changed.rows_at_once < options.rows_at_once]
     if name == "fewer layers":
         layers = architecture(config).layers
         now = layers if options.num_layers < 0 else min(options.num_layers, layers)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from coordinator.data.padding import positions_at_once
 from coordinator.memory.architecture import Architecture, Linear, architecture
 from coordinator.memory.weights import Shapes, Weights, expected_weights, read_weights
 from node.logits import rows_at_once
@@ -58,7 +59,7 @@ class EstimateOptions:
         optimizer: ``adam``, ``adamw``, ``muon``, ``sgd`` or ``adafactor``.
         grad_checkpoint: recompute activations.
         bits: as if the base were quantized to so many; None takes it as it is.
-        micro_batch_rows: most rows computed at once; None the whole batch.
+        micro_batch_rows: most rows computed at once; None as many as are worth it.
         gpu: whether a GPU computes it, whose loss takes more positions at a time.
     """
 
@@ -77,7 +78,9 @@ class EstimateOptions:
     @property
     def rows_at_once(self) -> int:
         """Rows of one forward pass."""
-        return min(self.batch_size, self.micro_batch_rows or self.batch_size)
+        enough = positions_at_once(self.fine_tune_type)
+        worthwhile = self.batch_size if enough is None else max(1, enough // self.max_seq_length)
+        return min(self.batch_size, worthwhile, self.micro_batch_rows or self.batch_size)
 
 
 @dataclass(frozen=True)

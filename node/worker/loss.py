@@ -102,7 +102,7 @@ class TokenLoss:
         hidden, total = _picked(self._head, batch), mx.array(0.0)
         for part in self._head.parts(hidden):
             logits = self._head(mx.depends([hidden[:, part]], [total])[0])
-            losses, _ = _cross_entropy(logits[0], batch.targets[part])
+            losses, *_ = _cross_entropy(logits[0], batch.targets[part])
             total = total + (losses * batch.weights[part]).sum()
         return total
 
@@ -140,14 +140,14 @@ def _picked(head: _Head, batch: Batch) -> mx.array:
     return hidden.reshape(-1, hidden.shape[-1])[batch.positions][None]
 
 
-def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """(n,) losses and (n, vocabulary) probabilities, both fp32: the exponentials are computed once for both."""
+def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(n,) losses, and the probabilities as (n, vocabulary) exponentials over (n, 1) sums; all fp32."""
     logits = logits.astype(mx.float32)
     highest = logits.max(-1, keepdims=True)
     exponentials = mx.exp(logits - highest)
     sums = exponentials.sum(-1, keepdims=True)
     chosen = mx.take_along_axis(logits, targets[:, None], -1)
-    return (mx.log(sums) + highest - chosen)[:, 0], exponentials / sums
+    return (mx.log(sums) + highest - chosen)[:, 0], exponentials, sums
 
 
 def _summed(head: _Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -158,10 +158,10 @@ def _summed(head: _Head, hidden: mx.array, targets: mx.array, weights: mx.array)
         def surrogate(hidden: mx.array) -> tuple[mx.array, mx.array]:
             # Its gradient is the loss's: the logits' own gradient is known in closed form, and taken as given.
             logits = head(hidden)
-            losses, probabilities = _cross_entropy(mx.stop_gradient(logits)[0], targets[part])
+            losses, exponentials, sums = _cross_entropy(mx.stop_gradient(logits)[0], targets[part])
             weight = weights[part]
             rows = mx.arange(weight.shape[0])
-            gradient = (probabilities * weight[:, None]).at[rows, targets[part]].add(-weight)
+            gradient = (exponentials * (weight[:, None] / sums)).at[rows, targets[part]].add(-weight)
             return (mx.stop_gradient(gradient.astype(logits.dtype)[None]) * logits).sum(), (losses * weight).sum()
 
         (_, loss), gradient = mx.value_and_grad(surrogate)(hidden)

@@ -77,7 +77,7 @@ def test_a_job_that_cannot_fit_is_refused_with_what_would(model: ResolvedModel) 
 
 
 def test_a_batch_that_is_too_large_is_computed_in_parts(model: ResolvedModel) -> None:
-    config = TrainConfig(model="tiny", batch_size=64)
+    config = TrainConfig(model="tiny", batch_size=64, fine_tune_type="full")
     [warning] = check_memory(config, model, 512, found=machine(1000))
     assert "computed in parts" in warning
     fitting = fitting_tokens(config, model, 512, machine(1000))

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import _get_classes, quantize_model
 
+from coordinator.data.padding import micro_batches, positions_at_once
 from node.spec import OptimizerSpec, Rows, Share, TuningSpec
 from node.worker.randomness import RowContext
 from node.worker.trainer import Trainer
@@ -57,12 +58,13 @@ def measure(job: dict[str, Any]) -> int:
     make_trainable(model, tuning, 0, context)
     trainer = Trainer(model, OptimizerSpec(job["optimizer"]), 0, context, emit=lambda event: None)
     batch = rows(job["batch_size"], job["length"], job["config"]["vocab_size"])
+    parts = micro_batches(batch, positions_at_once(job["fine_tune_type"]))
     mx.eval(model.parameters())
     mx.clear_cache()
     mx.reset_peak_memory()
     kept = None
     for step in (1, 2):
-        trainer.run(Share(step, (batch,)))
+        trainer.run(Share(step, parts))
         if job["fine_tune_type"] != "full":
             kept = trainer.published()  # as the worker keeps the last state until the next is there
     del kept

@@ -27,7 +27,7 @@ ORDER = [
 
 
 def test_the_measures_come_in_the_order_that_guides_give() -> None:
-    advice = advise(SEVEN, None, EstimateOptions(), 1, "org/Seven-7B")
+    advice = advise(SEVEN, None, EstimateOptions(max_seq_length=512), 1, "org/Seven-7B")
     assert [measure.name for measure in advice.measures] == ORDER
     assert [measure.command for measure in advice.measures] == [
         "mlx_lm.convert --hf-path org/Seven-7B -q --q-bits 4 --mlx-path Seven-7B-4bit, then --model Seven-7B-4bit",
@@ -45,8 +45,8 @@ def test_the_measures_come_in_the_order_that_guides_give() -> None:
 
 
 def test_each_measure_is_recomputed_and_the_mildest_that_fits() -> None:
-    options = EstimateOptions(max_seq_length=1024)
-    available = 30 * GIB
+    options = EstimateOptions(max_seq_length=512)
+    available = estimate(SEVEN, None, replace(options, micro_batch_rows=1)).total
     assert estimate(SEVEN, None, options).total > available
     advice = advise(SEVEN, None, options, available)
     for measure in advice.measures:
@@ -69,9 +69,9 @@ def test_a_combination_takes_no_more_measures_than_it_needs() -> None:
     assert combined is advice.best
     assert combined.estimate.total <= 9 * GIB
     assert combined.options.bits == 4
-    assert combined.options.batch_size == 1
+    assert combined.options.batch_size == options.batch_size, "long rows are computed one by one anyway"
     assert combined.options.rank == options.rank
-    assert combined.command.endswith(f"--batch-size 1 --num-layers {combined.options.num_layers}")
+    assert combined.command.endswith(f"--num-layers {combined.options.num_layers}")
 
 
 def test_what_is_done_already_is_not_advised() -> None:

@@ -198,17 +198,19 @@ def test_the_parts_add_up_and_grow_with_the_job() -> None:
     config, _, _ = TABLE["3B"]
 
     def total(**changes: Any) -> int:
-        return estimate(config, None, EstimateOptions(**changes)).total
+        return estimate(config, None, EstimateOptions(**{"max_seq_length": 256, "batch_size": 2} | changes)).total
 
     found = estimate(config, None, EstimateOptions())
     parts = [value for name, value in vars(found).items() if name.endswith("_bytes")]
     assert sum(parts) == found.total
     assert min(parts) >= 0
     base = total()
-    for more in ({"batch_size": 8}, {"max_seq_length": 4096}, {"num_layers": -1}, {"rank": 64}):
+    for more in ({"batch_size": 4}, {"max_seq_length": 512}, {"num_layers": -1}, {"rank": 64}):
         assert total(**more) > base
     for less in ({"bits": 4}, {"grad_checkpoint": True}, {"micro_batch_rows": 1}, {"optimizer": "sgd"}):
         assert total(**less) < base
+    assert total(batch_size=4) == total(batch_size=64), "more rows at once would be no faster"
+    assert total(batch_size=4, fine_tune_type="full") < total(batch_size=64, fine_tune_type="full")
     assert total(num_layers=28) == total(num_layers=-1) == total(num_layers=99)
 
 
