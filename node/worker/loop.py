@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 import time
 import traceback
@@ -16,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import get_total_parameters, maybe_set_recommended_wired_limit
+from mlx_lm.utils import get_total_parameters
 
 from node import wire
 from node.copies import STEPS_TOLD
@@ -35,7 +34,6 @@ from node.events import (
     Restored,
     RingFailed,
 )
-from node.owner import MEMORY_LIMIT
 from node.reducer import LOG_NAME as REDUCER_LOG
 from node.spec import (
     CopyState,
@@ -58,6 +56,7 @@ from node.spec import (
 from node.worker import tuning
 from node.worker.adder import Adder, ReductionFailed
 from node.worker.inbox import Inbox
+from node.worker.limits import bound_memory
 from node.worker.loss import TokenLoss, pad
 from node.worker.optimizer import chooses_own_rate
 from node.worker.randomness import RowContext
@@ -161,12 +160,7 @@ class Worker:
         began = time.perf_counter()
         self._job = job
         self._leave()
-        if mx.default_device().type == mx.gpu:
-            maybe_set_recommended_wired_limit()
-        if limit := int(os.environ.get(MEMORY_LIMIT, "0")):
-            mx.set_memory_limit(limit)
-            if recommended := mx.device_info().get("max_recommended_working_set_size"):
-                mx.set_wired_limit(min(limit, int(recommended)))
+        bound_memory()
         Path(job.folder).mkdir(parents=True, exist_ok=True)
         model, config = tuning.load(job.model)
         notes: list[str] = []

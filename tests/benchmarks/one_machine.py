@@ -155,10 +155,7 @@ def _workload(folder: Path, case: Case, hidden: int = 512) -> Workload:
     data.mkdir(parents=True)
     chance = random.Random(0)
     words = _Words(model, chance)
-    if case.length:
-        lengths = [case.length] * case.rows
-    else:
-        lengths = _mixed_lengths(case.rows)
+    lengths = [case.length] * case.rows if case.length else _mixed_lengths(case.rows)
     lines = [json.dumps(_row(words, length, masked=case.masked)) for length in lengths]
     for name in ("train", "valid"):
         (data / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
