@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.workers import SILENCE_SECONDS
+from node.bf16 import rounded_with_feedback, widened
 from node.errors import TandemError
 from node.events import Addend
 from node.info import RingPart
@@ -36,6 +37,8 @@ class _Piece:
 
     step: int
     size: int
+    place: int
+    bf16: bool
     total: Floats | None = None
     added: int = 0
     given: dict[int, bytes] = field(default_factory=dict)
@@ -44,7 +47,8 @@ class _Piece:
 class StreamSums:
     """The sums of one group: pieces are added up in the order of the ranks, in whatever order they arrive.
 
-    So each run has the same numbers. At most ``PIECES_IN_FLIGHT`` pieces of each rank are held.
+    So each run has the same numbers. At most ``PIECES_IN_FLIGHT`` pieces of each rank are held. The totals of gradients
+    that are sent as bf16 are rounded, too, and what that keeps back is added the next time; see ``node.bf16``.
 
     Args:
         size: of the group.
@@ -53,6 +57,7 @@ class StreamSums:
     def __init__(self, size: int) -> None:
         self._due = [0] * size  # index of the next piece of each rank
         self._pieces: dict[int, _Piece] = {}
+        self._owed: dict[int, Floats] = {}  # by the pieces' places in a gradient
 
     def add(self, rank: int, addend: Addend) -> bytes | None:
         """Take in a rank's piece; the total when it was the last one's, to be sent to all.
@@ -66,25 +71,48 @@ class StreamSums:
             raise NotAddable(f"rank {rank} gave piece {index} of step {addend.step} where {due} was due")
         if index >= min(self._due) + PIECES_IN_FLIGHT:
             raise NotAddable(f"rank {rank} gave piece {index} before others gave piece {min(self._due)}")
-        if not 0 < len(data) <= PIECE_BYTES or len(data) % 4:
+        if not 0 < len(data) <= PIECE_BYTES or len(data) % (2 if addend.bf16 else 4):
             raise NotAddable(f"rank {rank} gave a piece of {len(data)} bytes")
-        piece = self._pieces.setdefault(index, _Piece(addend.step, len(data)))
+        if not addend.bf16 <= addend.place <= len(self._owed) + PIECES_IN_FLIGHT:
+            raise NotAddable(
+                f"rank {rank} gave piece {addend.place} of a gradient of which {len(self._owed)} are known"
+            )
+        owed = self._owed.get(addend.place)
+        if owed is not None and len(data) != (2 if addend.bf16 else 4) * len(owed):
+            raise NotAddable(f"rank {rank} gave {len(data)} bytes for {len(owed)} numbers of a gradient")
+        piece = self._pieces.setdefault(index, _Piece(addend.step, len(data), addend.place, addend.bf16))
         if (addend.step, len(data)) != (piece.step, piece.size):
             raise NotAddable(
                 f"rank {rank} gave {len(data)} bytes of step {addend.step} for piece {index},"
                 f" others {piece.size} bytes of step {piece.step}"
             )
+        if (addend.place, addend.bf16) != (piece.place, piece.bf16):
+            raise NotAddable(f"rank {rank} gave another part of the gradient for piece {index} than others")
         self._due[rank] += 1
         piece.given[rank] = data
         while piece.added in piece.given:
-            numbers = np.frombuffer(piece.given.pop(piece.added), "<f4")
+            numbers = _numbers(piece.given.pop(piece.added), bf16=piece.bf16)
             with np.errstate(all="ignore"):  # the step says so when there are values that are not finite
                 piece.total = numbers if piece.total is None else piece.total + numbers
             piece.added += 1
         if piece.total is None or piece.added < len(self._due):
             return None
         del self._pieces[index]
-        return piece.total.astype("<f4", copy=False).tobytes()
+        return self._sent(piece, piece.total)
+
+    def _sent(self, piece: _Piece, total: Floats) -> bytes:
+        if not piece.place:
+            return total.astype("<f4", copy=False).tobytes()
+        owed = self._owed.setdefault(piece.place, np.zeros(len(total), np.float32))
+        if piece.bf16:
+            return rounded_with_feedback(total, owed).astype("<u2", copy=False).tobytes()
+        total = total + owed
+        owed[:] = 0
+        return total.astype("<f4", copy=False).tobytes()
+
+
+def _numbers(data: bytes, *, bf16: bool) -> Floats:
+    return widened(np.frombuffer(data, "<u2")) if bf16 else np.frombuffer(data, "<f4")
 
 
 class _Outbox:

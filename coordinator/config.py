@@ -24,6 +24,7 @@ GGUF_TYPES = ("f16", "f32", "bf16", "q8_0")
 PRESETS = ("mlx-lm",)
 REDUCTIONS = ("auto", "ring", "jaccl", "grpc")
 RING_ENCRYPTIONS = ("auto", "on", "off")
+GRADIENT_DTYPES = ("fp32", "bf16", "auto")
 
 LARGEST = (1 << 31) - 1  # of whole numbers, as MLX counts
 
@@ -149,6 +150,12 @@ class TrainConfig:
         " machine to the other), on, off.",
         choices=RING_ENCRYPTIONS,
     )
+    gradient_dtype: str = option(
+        "fp32",
+        "As what gradients cross the network: fp32 (the same numbers on any machines), bf16 (half of the bytes; what"
+        " rounding keeps back is added to the next step's), auto: bf16 where the plan finds it worth that.",
+        choices=GRADIENT_DTYPES,
+    )
     wait: bool = option(False, "Wait in line for machines that are busy.")
     force: bool = option(False, "Start even when the estimate says that memory will not do.")
     preset: str | None = option(None, "mlx-lm: scale 20 and no warm-up where nothing else is said.", choices=PRESETS)
@@ -171,6 +178,10 @@ class TrainConfig:
         if self.reduce == "jaccl" and self.ring_encryption == "on":
             raise UserError(
                 "--reduce jaccl and --ring-encryption on exclude each other: RDMA cannot be encrypted; leave one out"
+            )
+        if self.reduce == "jaccl" and self.gradient_dtype == "bf16":
+            raise UserError(
+                "--reduce jaccl and --gradient-dtype bf16 exclude each other: RDMA adds up fp32 only; leave one out"
             )
         if self.num_layers == 0:
             raise UserError("--num-layers: 0 layers would train nothing; say how many, or -1 for all")

@@ -536,8 +536,10 @@ class Engine:
             self._largest[member.id] = max(sizes, default=self._largest.get(member.id, 0))
         # Their own limit comes into play only where nobody tells them that it is over.
         wait = LONGEST_WAIT_SECONDS + patience(self._predicted, more) + sum_limit
+        # What goes on from a checkpoint lacks nothing that rounding kept back.
+        settle = self._work.program.saves(step)
         for index, share in enumerate(shares):
-            await crew.send(index, TrainStep(dataclasses.replace(share, check=check, wait_seconds=wait)))
+            await crew.send(index, TrainStep(dataclasses.replace(share, check=check, wait_seconds=wait, settle=settle)))
 
     def _lone_limit(self, share: Share, step: int) -> float:
         """How long the only machine may take for a step."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from coordinator.alone import load
 from coordinator.config import TrainConfig
@@ -46,7 +47,7 @@ from node.events import Probed, Ready
 from node.hardware import Facts, facts
 from node.hardware import describe as describe_machine
 from node.identity import credentials
-from node.info import Busy, Manifest, NodeInfo, RingPart
+from node.info import Busy, GradientDtype, Manifest, NodeInfo, RingPart
 from node.manifest import manifest_of
 from node.owner import Owner
 from node.peers import fingerprint
@@ -183,6 +184,7 @@ class Fleet:
     Attributes:
         plan: who does what, once assembled.
         reduce: by what means the next group adds up; a value of ``TrainConfig.reduce``.
+        gradient_dtype: as what gradients are sent, in all of the run; ``auto`` until the plan has said it.
     """
 
     def __init__(self, wanted: Wanted, selection: Selection, reader: Reader, stop: asyncio.Event) -> None:
@@ -208,6 +210,7 @@ class Fleet:
         self._known: dict[str, SeenNode] = {}  # all that have had a worker in a generation
         self.plan: Plan | None = None
         self.reduce = wanted.config.reduce
+        self.gradient_dtype: GradientDtype | Literal["auto"] = wanted.config.gradient_dtype  # type: ignore[assignment]
 
     # --- coming together ------------------------------------------------------------------------------------------
 
@@ -476,6 +479,7 @@ class Fleet:
         )
         before = tuple(LeftOut("", name, reason) for name, reason in self._left_out)
         self.plan = dataclasses.replace(chosen, left_out=before + chosen.left_out)
+        self.gradient_dtype = chosen.gradient_dtype
         order = {member.candidate.id: rank for rank, member in enumerate(self.plan.members)}
         for node in self._nodes:
             if node.info.id not in order:
@@ -528,6 +532,7 @@ class Fleet:
             gradient_bytes=self._gradient_bytes,
             streams=self.reduce == "grpc",
             hub=self._hub,
+            gradient_dtype=self.gradient_dtype,
         )
 
     @property
@@ -763,7 +768,9 @@ class Fleet:
         return seconds if math.isfinite(seconds) else streams_seconds(ids, {}, "", size, 0.0)
 
     def _means(self) -> Means:
-        return Means(self.reduce, self._wanted.config.ring_encryption)
+        dtype = self.gradient_dtype
+        assert dtype != "auto", "there is a plan before there is a group"
+        return Means(self.reduce, self._wanted.config.ring_encryption, dtype)
 
     def _certificates(self, *others: _Node) -> dict[str, bytes]:
         """By which the machines are known, those of one home by the same."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from coordinator.links import Paths, by_cable, jaccl_lack, jaccl_matrix, ring_connections
 from node.errors import NodeError, UserError
-from node.info import NodeInfo, RingPart
+from node.info import GradientDtype, NodeInfo, RingPart
 
 FORM_SECONDS = 30.0
 """For forming a group: the ring's own connects take up to 15 s when a rank is late."""
@@ -18,10 +18,11 @@ LARGEST_TOKEN = 1 << 20
 
 @dataclass(frozen=True)
 class Means:
-    """By what means a group adds up, as the options say; see ``TrainConfig``."""
+    """By what means a group adds up, as the options and the plan say; see ``TrainConfig``."""
 
     reduce: str
     ring_encryption: str
+    gradient_dtype: GradientDtype = "fp32"
 
 
 def group_parts(
@@ -50,7 +51,10 @@ def group_parts(
     token = secrets.randbelow(LARGEST_TOKEN - size)
     wait = WAIT_SECONDS + state_seconds
     if means.reduce == "grpc":
-        return [RingPart(rank, size, "grpc", b"", b"", (), token, FORM_SECONDS, wait) for rank in range(size)]
+        return [
+            RingPart(rank, size, "grpc", b"", b"", (), token, FORM_SECONDS, wait, gradient_dtype=means.gradient_dtype)
+            for rank in range(size)
+        ]
     rdma = rdma_of(means, ids, infos, paths)
     connections = ring_connections(ids, paths)
     in_clear = _in_clear(means, ids, infos, paths, connections)
@@ -72,6 +76,7 @@ def group_parts(
             previous_certificate=certificates[ids[rank - 1]],
             next_in_clear=in_clear[rank],
             previous_in_clear=in_clear[rank - 1],
+            gradient_dtype=means.gradient_dtype,
         )
         for rank in range(size)
     ]
@@ -85,8 +90,8 @@ def rdma_of(
     Raises:
         UserError: it was told to, and cannot.
     """
-    # Nothing can encrypt what RDMA devices send.
-    if means.reduce not in ("auto", "jaccl") or means.ring_encryption == "on":
+    # Nothing can encrypt what RDMA devices send, and who rounds has to add up hop by hop.
+    if means.reduce not in ("auto", "jaccl") or means.ring_encryption == "on" or means.gradient_dtype == "bf16":
         return None
     # With more ranks its sums depend on who is heard first, and the ranks' states would drift apart.
     found = jaccl_matrix(ids, infos, paths) if len(ids) == 2 else None

@@ -36,6 +36,8 @@ class Growing(Fleet):
 
     def __init__(self, wanted: Wanted, alone: Alone, reader: Reader, stop: asyncio.Event) -> None:
         super().__init__(wanted, Selection((), (), 0.0), reader, stop)
+        if self.gradient_dtype == "auto":
+            self.gradient_dtype = "fp32"  # a run that begins here alone knows no network to save on
         self._alone = alone
         self._worker: Member | None = None
         self._own: _Node | None = None

@@ -443,6 +443,11 @@ class _Job:
 
     async def _open_books(self, engine: Engine) -> None:
         """From here on the run writes: everything that could be checked before has been."""
+        if self.config.gradient_dtype == "auto":
+            # Chosen once for the whole run, sittings to come among it.
+            chosen = self.fleet.gradient_dtype if self.fleet is not None else "fp32"
+            self.config = dataclasses.replace(self.config, gradient_dtype=chosen)
+            self.books = Books(self.config, self.folder, self.run_id, self.reader)
         if self.taken is None:
             self.books.begin(engine.progress.data_digest)
             return

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from coordinator.division import cost_positions, divide, padded_lengths
 from coordinator.pace import Speed
 from coordinator.ring_order import Link, Links, best_order, ring_links, ring_seconds, streams_seconds
 from node.errors import TooFewNodes
+from node.info import GradientDtype
 from node.sizes import show_size
 from node.spec import Int32
 
@@ -33,6 +34,7 @@ DROPPING_ROUNDS = 8
 WORTHWHILE_BATCH_GAIN = 1.15
 LARGER_BATCHES = (2, 4, 8, 16)
 SLOW_NETWORK = 0.25
+WORTHWHILE_ROUNDING_GAIN = 1.1
 TIMES = "×"  # noqa: RUF001
 HISTORY_STEPS = 5
 
@@ -68,10 +70,11 @@ class JobFacts:
         max_seq_length: tokens that rows were cut to.
         batch_size: rows of a batch.
         accumulation: batches of a step.
-        gradient_bytes: that each rank contributes to a reduction.
+        gradient_bytes: that each rank contributes to a reduction, as fp32.
         reduction_seconds: what a reduction costs whatever its size.
         streams: whether it goes through the coordinator, and not around a ring.
         hub: id of the machine that the coordinator runs on, or "".
+        gradient_dtype: as what gradients are sent; ``auto`` where that is for the plan to say.
     """
 
     steps: tuple[Int32, ...]
@@ -82,6 +85,12 @@ class JobFacts:
     reduction_seconds: float = 0.005
     streams: bool = False
     hub: str = ""
+    gradient_dtype: GradientDtype | Literal["auto"] = "fp32"
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of a gradient on the wire."""
+        return self.gradient_bytes // 2 if self.gradient_dtype == "bf16" else self.gradient_bytes
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class Plan:
         links: that the ring uses; one for two machines.
         left_out: the others.
         advice: lines for the person.
+        gradient_dtype: as what gradients are sent.
     """
 
     members: tuple[PlannedMember, ...]
@@ -133,6 +143,7 @@ class Plan:
     links: tuple[Link, ...]
     left_out: tuple[LeftOut, ...]
     advice: tuple[str, ...]
+    gradient_dtype: GradientDtype = "fp32"
 
     def __str__(self) -> str:
         return "\n".join(describe(self))
@@ -172,6 +183,27 @@ def plan(
     """
     if not job.steps or any(len(step) == 0 for step in job.steps):
         raise ValueError("a plan needs at least one step with rows")
+
+    def of(gradient_dtype: GradientDtype) -> Plan:
+        known = dataclasses.replace(job, gradient_dtype=gradient_dtype)
+        return _plan(candidates, known, links, min_nodes, force_all, required_names)
+
+    if job.gradient_dtype != "auto":
+        return of(job.gradient_dtype)
+    exact, rounded = of("fp32"), of("bf16")
+    unrounded = _Trial(job, links).network_seconds([member.candidate for member in rounded.members])
+    slow = unrounded > SLOW_NETWORK * (rounded.compute_seconds + unrounded)
+    return rounded if slow and exact.step_seconds >= WORTHWHILE_ROUNDING_GAIN * rounded.step_seconds else exact
+
+
+def _plan(
+    candidates: Sequence[Candidate],
+    job: JobFacts,
+    links: Links,
+    min_nodes: int,
+    force_all: bool,
+    required_names: Collection[str],
+) -> Plan:
     reasons = {candidate.id: _why_not(candidate) for candidate in candidates}
     able = [candidate for candidate in candidates if not reasons[candidate.id]]
     left_out = [LeftOut(c.id, c.name, reasons[c.id]) for c in candidates if reasons[c.id]]
@@ -233,14 +265,15 @@ class _Trial:
     def order(self, members: Sequence[Candidate]) -> list[Candidate]:
         """Around the ring."""
         by_id = {member.id: member for member in members}
-        return [by_id[i] for i in best_order(list(by_id), self.links, self.job.gradient_bytes)]
+        return [by_id[i] for i in best_order(list(by_id), self.links, self.job.sent_bytes)]
 
-    def network_seconds(self, order: Sequence[Candidate]) -> float:
-        """Of a reduction in this ring, or over the streams."""
+    def network_seconds(self, order: Sequence[Candidate], sent_bytes: int | None = None) -> float:
+        """Of a reduction in this ring, or over the streams; of so many bytes, the job's unless told."""
         ids, job = [member.id for member in order], self.job
+        size = job.sent_bytes if sent_bytes is None else sent_bytes
         if job.streams:
-            return streams_seconds(ids, self.links, job.hub, job.gradient_bytes, job.reduction_seconds)
-        return ring_seconds(ids, self.links, job.gradient_bytes, job.reduction_seconds)
+            return streams_seconds(ids, self.links, job.hub, size, job.reduction_seconds)
+        return ring_seconds(ids, self.links, size, job.reduction_seconds)
 
     def compute(self, members: Sequence[Candidate], times: int = 1) -> float:
         """Until the slowest has computed its share, on average; of steps with so many times the rows."""
@@ -283,6 +316,7 @@ class _Trial:
             links=tuple(ring_links([member.id for member in order], self.links)),
             left_out=left_out,
             advice=(),
+            gradient_dtype="bf16" if self.job.gradient_dtype == "bf16" else "fp32",
         )
         return dataclasses.replace(result, advice=tuple(self._advice(result, able)))
 
@@ -300,7 +334,22 @@ class _Trial:
                     f"batch {self.job.batch_size} limits this fleet to {result.ratio:.1f} {TIMES}; "
                     f"{self.job.batch_size * times} would give {ratios[times]:.1f} {TIMES}"
                 )
-        if result.network_seconds > SLOW_NETWORK * result.step_seconds:
+        slow = result.network_seconds > SLOW_NETWORK * result.step_seconds
+        if result.gradient_dtype == "bf16" and len(chosen) > 1:
+            exact = _show(self.network_seconds(chosen, self.job.gradient_bytes))
+            yield (
+                f"gradients travel as bf16: {_show(result.network_seconds)} of network a step instead of {exact};"
+                " --gradient-dtype fp32 keeps them exact"
+            )
+        elif slow:
+            rounded = self.network_seconds(chosen, self.job.gradient_bytes // 2)
+            if result.step_seconds >= WORTHWHILE_ROUNDING_GAIN * (result.compute_seconds + rounded):
+                yield (
+                    f"gradients as bf16 would take {_show(rounded)} of network a step instead of"
+                    f" {_show(result.network_seconds)}: --gradient-dtype bf16, if the numbers need not be those of one"
+                    " machine"
+                )
+        if slow:
             yield _slow_network(result.network_seconds / result.step_seconds)
 
     def _ratio(self, members: Sequence[Candidate], able: Sequence[Candidate], times: int) -> float:
@@ -393,6 +442,7 @@ def as_json(result: Plan) -> dict[str, Any]:
         "step_seconds": result.step_seconds,
         "compute_seconds": result.compute_seconds,
         "network_seconds": result.network_seconds,
+        "gradient_dtype": result.gradient_dtype,
         "alone": {"name": result.alone, "step_seconds": result.alone_seconds},
         "ratio": result.ratio,
         "links": [dataclasses.asdict(link) for link in result.links],

@@ -39,6 +39,8 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
         raise UserError(f"--resume: {folder} holds no run; give its folder with --adapter-path, or leave --resume out")
     before = read_yaml(run.config)
     said = {name: value for name, value in given.items() if value is not None}
+    if said.get("gradient_dtype") == "auto":
+        del said["gradient_dtype"]  # the plan has chosen once
     then, now = _decisive(merge(before, {})), _decisive(merge(before, said))
     for name, value in now.items():
         if value != then[name] and not _same_path(value, then[name]):

@@ -134,12 +134,16 @@ class Addend:
     Attributes:
         step: whose reduction it is; 0 while forming.
         index: counts the group's pieces from 0, through all its reductions.
-        data: little-endian fp32, at most ``spec.PIECE_BYTES``.
+        data: little-endian fp32, at most ``spec.PIECE_BYTES``; or bf16.
+        place: of a gradient whose pieces are rounded, which piece of it this is, from 1; 0 for all else.
+        bf16: whether it has been rounded, and its total is to be.
     """
 
     step: int
     index: int
     data: bytes
+    place: int = 0
+    bf16: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ MemoryLevel = Literal["unknown", "normal", "warn", "critical"]
 ThermalLevel = Literal["unknown", "nominal", "fair", "serious", "critical"]
 Battery = Literal["", "no", "yes"]
 Backend = Literal["ring", "jaccl", "grpc"]
+GradientDtype = Literal["fp32", "bf16"]
+"""As what gradients cross the wire; see ``node.bf16``."""
 """How a group's numbers are added up: by ``mlx.distributed`` over TCP or RDMA, or through the coordinator."""
 
 
@@ -141,6 +143,7 @@ class RingPart:
         next_certificate, previous_certificate: by which the machines of the next and the previous rank are known, in
             PEM; empty where there is no ring.
         next_in_clear, previous_in_clear: whether what is sent between it and us is not encrypted.
+        gradient_dtype: as in ``spec.RingSpec``.
     """
 
     rank: int
@@ -158,6 +161,7 @@ class RingPart:
     previous_certificate: bytes = b""
     next_in_clear: bool = False
     previous_in_clear: bool = False
+    gradient_dtype: GradientDtype = "fp32"
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class RingEnd:
             part.wait_seconds,
             part.devices,
             part.leader,
+            part.gradient_dtype,
         )
         # A request that was cut short could be followed by none.
         await asyncio.shield(self._worker.send_bytes(wire.encode_request(Join(spec), generation), generation))

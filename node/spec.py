@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.errors import TandemError
-from node.info import Backend
+from node.info import Backend, GradientDtype
 
 Int32 = npt.NDArray[np.int32]
 FineTuneType = Literal["lora", "dora", "full"]
@@ -185,12 +185,15 @@ class Share:
         micro_batches: the rows.
         check: whether the ranks compare their states before this step is applied; the same on every rank.
         wait_seconds: longest wait for the other ranks; 0 takes the ring's own limit.
+        settle: whether gradients that are rounded on their way are not this time, and what was kept back of earlier
+            ones is added: nothing is owed after it; the same on every rank.
     """
 
     step: int
     micro_batches: tuple[Rows, ...]
     check: bool = False
     wait_seconds: float = 0.0
+    settle: bool = False
 
     @property
     def positions(self) -> int:
@@ -212,6 +215,7 @@ class RingSpec:
         wait_seconds: limit for one reduction.
         devices: for ``jaccl``: name of the RDMA device from rank i to rank j, row after row, "" on the diagonal.
         leader: for ``jaccl``: ``ip:port`` of rank 0.
+        gradient_dtype: as what gradients are sent; losses and counts always go as fp32.
     """
 
     rank: int
@@ -224,6 +228,7 @@ class RingSpec:
     wait_seconds: float
     devices: tuple[str, ...] = ()
     leader: str = ""
+    gradient_dtype: GradientDtype = "fp32"
 
 
 @dataclass(frozen=True)
@@ -392,7 +397,7 @@ class Total:
 
     Attributes:
         step, index: of the ``events.Addend`` that it belongs to.
-        data: little-endian fp32, as long as the addend's.
+        data: little-endian, of the addend's type and as long.
     """
 
     step: int

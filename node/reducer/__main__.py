@@ -1,7 +1,8 @@
-"""``python -P -m node.reducer --fd N --memory M --bytes B``: serve the worker that started us.
+"""``python -P -m node.reducer --fd N --memory M --bytes B --owed O``: serve the worker that started us.
 
 Commands come and answers go as lines of JSON: first ``{"form": …, "layout": …}``, then ``{"sum": count}`` for each
-buffer.
+buffer; with ``exact`` and ``place`` in it the numbers after the first so many are rounded to bf16 on their way, and
+what that keeps back of them stands at the memory's end, from that place on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True, help="descriptor of the connected socket")
     parser.add_argument("--memory", type=int, required=True, help="descriptor of the shared memory")
     parser.add_argument("--bytes", type=int, required=True, help="its size")
+    parser.add_argument("--owed", type=int, default=0, help="numbers at its end: what rounding keeps back")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=arguments.fd)
@@ -36,6 +38,7 @@ def main() -> int:
     threading.Thread(target=_listen, args=(connection, commands), name="commands", daemon=True).start()
 
     from node.reducer.ring import NotFormed, add_up, form
+    from node.reducer.rounded import RoundedSums
 
     try:
         command = json.loads(commands.get())
@@ -43,11 +46,18 @@ def main() -> int:
     except NotFormed as error:
         return _say(connection, {"error": str(error)}, 1)
     _say(connection, {"formed": True}, 0)
-    numbers = memoryview(memory).cast("f")
+    floats = memoryview(memory).cast("f")
+    numbers, owed = floats[: len(floats) - arguments.owed], floats[len(floats) - arguments.owed :]
+    rounded = RoundedSums(group)
     while True:
-        count = json.loads(commands.get())["sum"]
+        command = json.loads(commands.get())
+        count, exact = command["sum"], command.get("exact")
         try:
-            add_up(group, numbers[:count])
+            if exact is None:
+                add_up(group, numbers[:count])
+            else:
+                place = command["place"]
+                rounded.add_up(numbers[:count], owed[place : place + count], exact)
         except RuntimeError as error:
             return _say(connection, {"error": " ".join(str(error).split())}, 1)
         _say(connection, {"summed": count}, 0)

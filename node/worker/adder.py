@@ -49,6 +49,23 @@ class Limit:
         return max(0.0, self.until - time.monotonic())
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How numbers of a gradient cross the wire as bf16; see ``node.bf16``.
+
+    What is owed of them belongs to the group, and ends with it.
+
+    Attributes:
+        place: of the sum's first number among all that are added up in a step; 0 begins a new one.
+        exact: so many numbers at the beginning of the sum go as fp32.
+        settle: nothing is rounded this time, and what is owed is paid.
+    """
+
+    place: int
+    exact: int
+    settle: bool
+
+
 class Adder(Protocol):
     """One rank's end of a group. Ends at once, with ``ReductionFailed``, when a newer generation is heard of."""
 
@@ -63,8 +80,10 @@ class Adder(Protocol):
             ReductionFailed: the group did not form.
         """
 
-    def add(self, count: int, step: int, limit: Limit) -> None:
+    def add(self, count: int, step: int, limit: Limit, rounding: Rounding | None = None) -> None:
         """Replace the first ``count`` numbers by their sums over all ranks: the same bits on each.
+
+        With ``rounding``, which is the same on all ranks, the sums are those of numbers that were rounded on their way.
 
         Raises:
             ReductionFailed: there are none.

@@ -220,13 +220,13 @@ class Worker:
         self._passing = False
         self._inbox.send(Joined(spec.rank, spec.size, time.perf_counter() - began))
 
-    def _adder(self, spec: RingSpec, count: int) -> Adder:
+    def _adder(self, spec: RingSpec, count: int, owed: int) -> Adder:
         inbox = self._inbox
         if spec.backend == "grpc":
-            return StreamAdder(count, inbox.send, inbox.total, inbox.superseded)
+            return StreamAdder(count, inbox.send, inbox.total, inbox.superseded, owed)
         _, job = self._training()
         log = Path(job.folder) / REDUCER_LOG
-        return ReducerAdder(count, Interrupt(inbox.bell, inbox.superseded), log)
+        return ReducerAdder(count, Interrupt(inbox.bell, inbox.superseded), log, owed)
 
     def _own(self, ring: Ring) -> None:
         self._ring = ring

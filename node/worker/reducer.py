@@ -24,7 +24,7 @@ import numpy as np
 from node.logs import bound_log
 from node.reducer import shared
 from node.spec import RingSpec
-from node.worker.adder import NEWER_GENERATION, Floats, Limit, ReductionFailed
+from node.worker.adder import NEWER_GENERATION, Floats, Limit, ReductionFailed, Rounding
 
 KILLED_SECONDS = 5.0
 OWN_TIMER_SECONDS = 1.0
@@ -59,15 +59,17 @@ class ReducerAdder:
         count: most numbers that are added up at once.
         interrupt: ends any wait.
         log: takes what the process writes.
+        owed: numbers of a step, where what rounding keeps back of them is remembered; else 0.
     """
 
-    def __init__(self, count: int, interrupt: Interrupt, log: Path) -> None:
-        size = 4 * count
+    def __init__(self, count: int, interrupt: Interrupt, log: Path, owed: int = 0) -> None:
+        size = 4 * (count + owed)
         memory = shared.create(size)
         self._connection, theirs = socket.socketpair()
         bound_log(log)
         with theirs, _opened(log) as output:
             arguments = ["--fd", str(theirs.fileno()), "--memory", str(memory), "--bytes", str(size)]
+            arguments += ["--owed", str(owed)]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "node.reducer", *arguments],
                 pass_fds=[theirs.fileno(), memory],
@@ -75,7 +77,8 @@ class ReducerAdder:
                 stdout=output,
                 stderr=output,
             )
-        self.numbers: Floats = np.frombuffer(shared.attach(memory, size), np.float32)
+        floats: Floats = np.frombuffer(shared.attach(memory, size), np.float32)
+        self.numbers, self._owed = floats[:count], floats[count:]
         self._interrupt = interrupt
         self._pending = b""
 
@@ -85,10 +88,17 @@ class ReducerAdder:
         command = {"form": dataclasses.asdict(spec), "layout": layout}
         self._ask(command, "formed", dataclasses.replace(limit, until=limit.until + OWN_TIMER_SECONDS))
 
-    def add(self, count: int, step: int, limit: Limit) -> None:
+    def add(self, count: int, step: int, limit: Limit, rounding: Rounding | None = None) -> None:
         """See ``Adder``."""
         del step
-        self._ask({"sum": count}, "summed", limit)
+        command: dict[str, object] = {"sum": count}
+        if rounding is not None and rounding.settle:
+            owed = self._owed[rounding.place : rounding.place + count]
+            self.numbers[:count] += owed
+            owed[:] = 0
+        elif rounding is not None:
+            command |= {"exact": rounding.exact, "place": rounding.place}
+        self._ask(command, "summed", limit)
 
     def kill(self) -> None:
         """See ``Adder``."""

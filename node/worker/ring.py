@@ -3,6 +3,9 @@
 What is added up is fp32, in buckets of at most 256 MB, in the order of the gradients' names: ``[loss, tokens (two
 numbers), digests of the ranks' states, gradients …]``. The worker waits with a deadline, and gives up at once when a
 newer generation is heard of; the group is then left, and nothing of the step has been applied.
+
+In a group whose ``gradient_dtype`` is bf16 the gradients, and nothing else, are rounded on their way, and what that
+keeps back is added the next time. A group begins with nothing owed, and a step whose state is to be saved pays all.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from node.events import Event, Synchronised
+from node.info import GradientDtype
 from node.spec import RingSpec, Share
-from node.worker.adder import Adder, Floats, Limit, ReductionFailed
+from node.worker.adder import Adder, Floats, Limit, ReductionFailed, Rounding
 from node.worker.trainer import Arrays, Published, Trainer
 
 BUCKET_FLOATS = 64 << 20
@@ -42,7 +46,7 @@ class Ring:
         cls,
         spec: RingSpec,
         trainer: Trainer,
-        make_adder: Callable[[int], Adder],
+        make_adder: Callable[[int, int], Adder],
         emit: Callable[[Event], None],
         started: Callable[[Ring], None],
     ) -> Ring:
@@ -51,7 +55,7 @@ class Ring:
         Args:
             spec: this rank's view of it.
             trainer: whose gradients and state are reduced.
-            make_adder: what adds up at most so many numbers at once.
+            make_adder: what adds up at most so many numbers at once, and so many in a step whose gradients are rounded.
             emit: takes ``Synchronised``.
             started: told of the ring before it has formed, to kill it from elsewhere.
 
@@ -59,12 +63,12 @@ class Ring:
             ReductionFailed: the group did not form.
         """
         state = trainer.published()
-        most = sum(array.size for array in state.parameters.values())
-        adder = make_adder(min(BUCKET_FLOATS, most + LOSS_AND_COUNT + DIGEST_WORDS * spec.size))
+        most = sum(array.size for array in state.parameters.values()) + LOSS_AND_COUNT + DIGEST_WORDS * spec.size
+        adder = make_adder(min(BUCKET_FLOATS, most), most if spec.gradient_dtype == "bf16" else 0)
         ring = cls(spec, adder, trainer, emit)
         started(ring)
         try:
-            adder.form(spec, _layout(state))
+            adder.form(spec, _layout(state, spec.gradient_dtype))
         except ReductionFailed:
             ring.kill()
             raise
@@ -82,13 +86,15 @@ class Ring:
         """
         limit = Limit.of(self._share.wait_seconds or self._spec.wait_seconds)
         spec, size = self._spec, self._spec.size
-        head = np.zeros(LOSS_AND_COUNT + (DIGEST_WORDS * size if self._share.check else 0), np.float32)
+        rounds = spec.gradient_dtype == "bf16"
+        # Where gradients are rounded each has its place in all steps.
+        head = np.zeros(LOSS_AND_COUNT + (DIGEST_WORDS * size if self._share.check or rounds else 0), np.float32)
         head[:LOSS_AND_COUNT] = (loss.item(), tokens // COUNT_BASE, tokens % COUNT_BASE)
         if self._share.check:
             first = LOSS_AND_COUNT + DIGEST_WORDS * spec.rank
             head[first : first + DIGEST_WORDS] = _words(_state_digest(self._trainer.published()))
         shapes = {name: gradient.shape for name, gradient in gradients.items()}
-        sums = _Reader(self._sum(_numbers(head, gradients), limit))
+        sums = _Reader(self._sum(_numbers(head, gradients), limit, exact=len(head) if rounds else None))
         head = sums.take(len(head)).copy()
         summed: Arrays = {}
         for name, shape in shapes.items():
@@ -107,12 +113,28 @@ class Ring:
         """See ``Adder``."""
         self._adder.kill_process()
 
-    def _sum(self, numbers: Iterator[Floats], limit: Limit) -> Iterator[Floats]:
+    def _sum(self, numbers: Iterator[Floats], limit: Limit, exact: int | None = None) -> Iterator[Floats]:
         """Sums over all ranks, bucket after bucket, of the numbers that are given in pieces.
 
         Each is good until the next one is asked for: it lies where the adder has them.
+
+        Args:
+            numbers: to add up.
+            limit: of each bucket's sum.
+            exact: all but the first so many are rounded on their way; None rounds nothing.
         """
-        bucket, filled = self._adder.numbers, 0
+        bucket, filled, place = self._adder.numbers, 0, 0
+
+        def add() -> Floats:
+            nonlocal filled, place
+            rounding = None
+            if exact is not None:
+                rounding = Rounding(place, max(0, exact - place), self._share.settle)
+            self._adder.add(filled, self._share.step, limit, rounding)
+            total = bucket[:filled]
+            filled, place = 0, place + filled
+            return total
+
         for piece in numbers:
             done = 0
             while done < len(piece):
@@ -120,12 +142,9 @@ class Ring:
                 bucket[filled : filled + count] = piece[done : done + count]
                 done, filled = done + count, filled + count
                 if filled == len(bucket):
-                    self._adder.add(filled, self._share.step, limit)
-                    yield bucket
-                    filled = 0
+                    yield add()
         if filled:
-            self._adder.add(filled, self._share.step, limit)
-            yield bucket[:filled]
+            yield add()
 
     def _synchronise(self, *, differs: bool) -> None:
         """All ranks take rank 0's state; who had another one says so."""
@@ -190,10 +209,12 @@ def _state_digest(state: Published) -> bytes:
     return _hash(state.parameters, state.moments).digest()
 
 
-def _layout(state: Published) -> int:
-    """A number below 2**24 that stands for the names, shapes and types of a state's arrays."""
+def _layout(state: Published, gradient_dtype: GradientDtype) -> int:
+    """A number below 2**24 that stands for a state's arrays, by names, shapes and types, and for how they are sent."""
     arrays = [(name, array) for group in (state.parameters, state.moments) for name, array in sorted(group.items())]
     text = "\n".join(f"{name} {array.shape} {array.dtype}" for name, array in arrays)
+    if gradient_dtype == "bf16":
+        text += "\ngradients bf16"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:DIGEST_WORD_BYTES], "big")
 
 

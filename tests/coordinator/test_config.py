@@ -78,6 +78,7 @@ DEFAULTS: dict[str, Any] = {
     "force_all": False,
     "reduce": "auto",
     "ring_encryption": "auto",
+    "gradient_dtype": "fp32",
     "wait": False,
     "force": False,
     "preset": None,

@@ -312,6 +312,7 @@ def test_what_may_change_when_resuming(run: Path) -> None:
     assert (config.iters, config.keep_last, config.save_every, config.test) == (20, 2, 5, True)
     assert resumed(run, reduce="grpc").reduce == "grpc"
     assert resumed(run, ring_encryption="on").ring_encryption == "on"
+    assert resumed(run, gradient_dtype="auto").gradient_dtype == "fp32", "the plan chooses once"
     longer = resumed(run, epochs=3.0)
     assert (longer.iters, longer.epochs) == (None, 3.0)
 
@@ -321,6 +322,7 @@ def test_what_may_change_when_resuming(run: Path) -> None:
     [
         ({"lora_rank": 4}, "--lora-rank was 8 in this run and cannot become 4"),
         ({"seed": 1}, "--seed was 0 in this run and cannot become 1"),
+        ({"gradient_dtype": "bf16"}, "--gradient-dtype was fp32 in this run and cannot become bf16"),
         ({"model": "other"}, "--model was m in this run and cannot become other"),
         ({"learning_rate": 1e-3}, "--learning-rate was 1e-05 in this run"),
         ({"lr_schedule": SCHEDULE}, "--lr-schedule was None|warm-up is given twice"),

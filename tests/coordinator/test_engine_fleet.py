@@ -257,6 +257,14 @@ def test_states_are_compared_at_a_groups_first_step_and_now_and_then(
         assert checked == [1, 5, 10, 12], "and before the end"
 
 
+def test_nothing_that_rounding_kept_back_is_missing_in_a_checkpoint(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.go()
+    for rank in bench.ranks:
+        settled = [r.share.step for r in rank.requests if isinstance(r, TrainStep) and r.share.settle]
+        assert settled == [5, 10, 12] == bench.saved
+
+
 def test_a_group_that_does_not_form_is_formed_anew(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.ranks[2].fails_to_join = 2

@@ -120,6 +120,15 @@ def test_rdma_is_not_taken_where_all_is_to_be_encrypted() -> None:
         TrainConfig(reduce="jaccl", ring_encryption="on")
 
 
+def test_gradients_are_rounded_on_a_ring_and_on_streams_and_never_over_rdma() -> None:
+    for reduce, backend in (("auto", "ring"), ("ring", "ring"), ("grpc", "grpc")):
+        parts = group_parts(Means(reduce, "auto", "bf16"), ["a", "b"], RDMA, CABLE, CERTIFICATES)
+        assert [(part.backend, part.gradient_dtype) for part in parts] == [(backend, "bf16")] * 2
+    assert group_parts(means("auto"), ["a", "b"], RDMA, CABLE, CERTIFICATES)[0].gradient_dtype == "fp32"
+    with pytest.raises(UserError, match="RDMA adds up fp32 only; leave one out"):
+        TrainConfig(reduce="jaccl", gradient_dtype="bf16")
+
+
 @pytest.mark.parametrize("reduce", ["ring", "grpc"])
 def test_limits_grow_with_what_the_links_have_to_carry(reduce: str) -> None:
     wanted: Any = SimpleNamespace(config=TrainConfig(reduce=reduce))

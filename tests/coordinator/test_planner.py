@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +186,42 @@ def test_a_slow_network_is_said() -> None:
     links = linked(pair, Link(1.2e9, 0.001))
     assert any("the network takes" in line for line in decide(pair, links).advice)
     assert not any("the network takes" in line for line in decide(pair).advice)
+
+
+@pytest.mark.parametrize(
+    ("link", "asked", "chosen", "line"),
+    [
+        (Link(1.2e9, 0.001), "auto", "bf16", "gradients travel as bf16: 42 ms of network a step instead of 77 ms;"),
+        (Link(1.2e9, 0.001), "bf16", "bf16", "gradients travel as bf16: 42 ms of network a step instead of 77 ms;"),
+        (Link(1.2e9, 0.001), "fp32", "fp32", "gradients as bf16 would take 42 ms of network a step instead of 77 ms: "),
+        (FAST, "auto", "fp32", ""),
+        (FAST, "fp32", "fp32", ""),
+        # It is slow because of what no rounding helps.
+        (Link(20e9, 0.05), "auto", "fp32", ""),
+        (Link(20e9, 0.05), "fp32", "fp32", ""),
+    ],
+)
+def test_gradients_are_rounded_where_that_is_worth_it_and_may_be(
+    link: Link, asked: Any, chosen: str, line: str
+) -> None:
+    pair = [machine("Studio"), machine("Air")]
+    facts = dataclasses.replace(job(), gradient_dtype=asked)
+    result = plan(pair, facts, linked(pair, link), force_all=True)
+    assert result.gradient_dtype == as_json(result)["gradient_dtype"] == chosen
+    told = [said for said in describe(result) if "gradients" in said]
+    assert len(told) == bool(line)
+    assert all(said.startswith(line) and "--gradient-dtype" in said for said in told)
+
+
+def test_rounding_may_be_what_makes_a_machine_worth_its_place() -> None:
+    pair = [machine("Studio"), machine("Air")]
+    links = linked(pair, Link(0.3e9, 0.001))
+    results = {
+        asked: plan(pair, dataclasses.replace(job(), gradient_dtype=asked), links) for asked in ("fp32", "auto", "bf16")
+    }
+    assert {asked: len(result.members) for asked, result in results.items()} == {"fp32": 1, "auto": 2, "bf16": 2}
+    alone = plan(pair[:1], dataclasses.replace(job(), gradient_dtype="bf16"), {})
+    assert not [said for said in describe(alone) if "gradients" in said]
 
 
 def test_the_plan_is_told_to_people_and_programs() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from coordinator.api import train
 from coordinator.config import TrainConfig
+from coordinator.config_file import read_yaml
 from node.client import NodeClient
 from node.home import home
 from node.info import NodeInfo
@@ -155,6 +156,30 @@ def test_gradients_travel_over_the_streams_when_told_to(
     assert {len(entry["per_node"]) for entry in metrics(tmp_path / "adapters") if "loss" in entry} == {2}
     assert not notes(tmp_path / "adapters", "synchronised")
     assert_same_curve(tmp_path / "adapters", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("asked", "chosen"), [("bf16", "bf16"), ("auto", "fp32")])
+def test_as_what_gradients_travel_is_chosen_once(
+    asked: str, chosen: str, inputs: Path, reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    with serving(tmp_path, "anna", "ben") as nodes:
+        who = ("--nodes", ",".join(node.address for node in nodes), "--no-local")
+        run = Run(*arguments(inputs, folder, *who, "--gradient-dtype", asked))
+        run.until_step(15)
+        run.interrupt()
+        code, errors = run.wait()
+        assert code == 130, errors
+        assert read_yaml(folder / "config.yaml")["gradient_dtype"] == chosen
+        code, errors = Run("train", "--resume", "--adapter-path", folder, "--gradient-dtype", "auto", *who).wait()
+        assert code == 0, errors
+    assert read_yaml(folder / "config.yaml")["gradient_dtype"] == chosen
+    assert not notes(folder, "synchronised")
+    advice = [line for entry in notes(folder, "fleet") for line in entry["lines"] if "gradients travel as" in line]
+    assert len(advice) == (2 if chosen == "bf16" else 0), "each sitting says so"
+    assert_same_losses(losses(folder), reference, 5e-3)
 
 
 def test_a_busy_node_says_who_has_it_and_can_be_waited_for(inputs: Path, tmp_path: Path) -> None:

@@ -367,6 +367,7 @@ class FormRing(_message.Message):
     PREVIOUS_CERTIFICATE_FIELD_NUMBER: _builtins.int
     NEXT_IN_CLEAR_FIELD_NUMBER: _builtins.int
     PREVIOUS_IN_CLEAR_FIELD_NUMBER: _builtins.int
+    GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     rank: _builtins.int
     size: _builtins.int
@@ -386,6 +387,8 @@ class FormRing(_message.Message):
     next_in_clear: _builtins.bool
     """once both have shown their certificates, the ring goes on unencrypted"""
     previous_in_clear: _builtins.bool
+    gradient_dtype: _builtins.str
+    """fp32 or bf16"""
     @_builtins.property
     def next(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """ip:port of the next rank's relay, one for each connection"""
@@ -411,10 +414,11 @@ class FormRing(_message.Message):
         previous_certificate: _builtins.bytes = ...,
         next_in_clear: _builtins.bool = ...,
         previous_in_clear: _builtins.bool = ...,
+        gradient_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "devices", b"devices", "form_seconds", b"form_seconds", "generation", b"generation", "leader", b"leader", "next", b"next", "next_certificate", b"next_certificate", "next_in_clear", b"next_in_clear", "next_route", b"next_route", "previous_certificate", b"previous_certificate", "previous_in_clear", b"previous_in_clear", "rank", b"rank", "route", b"route", "size", b"size", "token", b"token", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "devices", b"devices", "form_seconds", b"form_seconds", "generation", b"generation", "gradient_dtype", b"gradient_dtype", "leader", b"leader", "next", b"next", "next_certificate", b"next_certificate", "next_in_clear", b"next_in_clear", "next_route", b"next_route", "previous_certificate", b"previous_certificate", "previous_in_clear", b"previous_in_clear", "rank", b"rank", "route", b"route", "size", b"size", "token", b"token", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -305,9 +305,11 @@ class Share(_message.Message):
     MICRO_BATCHES_FIELD_NUMBER: _builtins.int
     CHECK_FIELD_NUMBER: _builtins.int
     WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    SETTLE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     check: _builtins.bool
     wait_seconds: _builtins.float
+    settle: _builtins.bool
     @_builtins.property
     def micro_batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rows]: ...
     def __init__(
@@ -317,10 +319,11 @@ class Share(_message.Message):
         micro_batches: _abc.Iterable[Global___Rows] | None = ...,
         check: _builtins.bool = ...,
         wait_seconds: _builtins.float = ...,
+        settle: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "micro_batches", b"micro_batches", "step", b"step", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "micro_batches", b"micro_batches", "settle", b"settle", "step", b"step", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,6 +343,7 @@ class RingSpec(_message.Message):
     WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     LEADER_FIELD_NUMBER: _builtins.int
+    GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     size: _builtins.int
     backend: _builtins.str
@@ -347,6 +351,7 @@ class RingSpec(_message.Message):
     form_seconds: _builtins.float
     wait_seconds: _builtins.float
     leader: _builtins.str
+    gradient_dtype: _builtins.str
     @_builtins.property
     def listen(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -366,10 +371,11 @@ class RingSpec(_message.Message):
         wait_seconds: _builtins.float = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
         leader: _builtins.str = ...,
+        gradient_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "connect", b"connect", "devices", b"devices", "form_seconds", b"form_seconds", "leader", b"leader", "listen", b"listen", "rank", b"rank", "size", b"size", "token", b"token", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "connect", b"connect", "devices", b"devices", "form_seconds", b"form_seconds", "gradient_dtype", b"gradient_dtype", "leader", b"leader", "listen", b"listen", "rank", b"rank", "size", b"size", "token", b"token", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -948,19 +954,25 @@ class Addend(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    BF16_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     index: _builtins.int
     data: _builtins.bytes
+    place: _builtins.int
+    bf16: _builtins.bool
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         index: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        place: _builtins.int = ...,
+        bf16: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "index", b"index", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bf16", b"bf16", "data", b"data", "index", b"index", "place", b"place", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

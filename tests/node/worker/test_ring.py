@@ -6,6 +6,7 @@ What holds however they add up is tested for a real ring and for streams, which 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -19,10 +20,11 @@ import numpy.typing as npt
 import pytest
 
 from node.errors import WorkerLost
-from node.events import Heartbeat, Joined, Ready, ReduceEntered, RingFailed, StepDone, Synchronised
-from node.info import Backend
+from node.events import Copied, Heartbeat, Joined, Ready, ReduceEntered, RingFailed, StepDone, Synchronised
+from node.info import Backend, GradientDtype
 from node.reducer import LOG_NAME
 from node.spec import (
+    CopyState,
     JobSpec,
     Join,
     Leave,
@@ -46,6 +48,7 @@ STEPS = 3
 BATCHES = random_batches(STEPS, rows=8, masked=True, seed=4)
 DIVISIONS = {1: [8], 2: [6, 2], 3: [5, 0, 3]}
 BACKENDS: tuple[Backend, ...] = ("ring", "grpc")
+GRADIENT_DTYPES: tuple[GradientDtype, ...] = ("fp32", "bf16")
 Parts = list[tuple[Rows, ...]]
 
 
@@ -150,12 +153,68 @@ def test_accumulation_and_empty_shares_change_nothing(dtype: str, tolerance: flo
     assert losses[3] == pytest.approx(losses[1], abs=tolerance)
 
 
+def test_rounded_gradients_change_little_and_no_loss_or_count(model: Path, tmp_path: Path) -> None:
+    """SGD without momentum: weights are the sum of all gradients, from which nothing may be missing in the end."""
+    steps, sgd = 6, OptimizerSpec(name="sgd", learning_rate=1e-2)
+    losses: dict[str, list[float]] = {}
+    weights: dict[str, dict[str, mx.array]] = {}
+
+    async def curve(name: str, group: Ranks, size: int) -> None:
+        done = []
+        for step in range(1, steps + 1):
+            # A comparison of states makes the head longer, and must move no gradient from its place.
+            reports = await group.step(step, divided(step, DIVISIONS[size]), check=step == 3, settle=step == steps)
+            assert len({(report.loss_sum, report.tokens, report.grad_norm) for report in reports}) == 1
+            assert reports[0].tokens == sum(rows.target_tokens for rows in divided(step, [8])[0])
+            done.append(reports[0].loss_sum / reports[0].tokens)
+        assert len({digested.sha256 for digested in await group.digests()}) == 1
+        assert not any(isinstance(event, Synchronised) for heard in group.heard for event in heard)
+        losses[name] = done
+        await group.workers[0].send(CopyState(steps))
+        copied = await group.until(0, Copied)
+        arrays = mx.load(str(tmp_path / str(size) / "0" / copied.weights.name))
+        assert isinstance(arrays, dict)
+        weights[name] = arrays
+
+    async def curves(size: int) -> None:
+        async with ranks(size, tmp_path / str(size), model, LORA, sgd) as group:
+            if size == 1:
+                await curve("alone", group, size)
+            for backend in BACKENDS if size > 1 else ():
+                await group.set_up()
+                await group.join(ring_specs(size, backend=backend, gradient_dtype="bf16"))
+                await curve(f"{backend} {size}", group, size)
+
+    for size in DIVISIONS:
+        asyncio.run(curves(size))
+    exact = weights.pop("alone")
+    for name, found in weights.items():
+        assert losses[name][0] == pytest.approx(losses["alone"][0], rel=1e-6)
+        assert losses[name] == pytest.approx(losses["alone"], rel=1e-4)
+        assert losses[name] != losses["alone"]
+        moved = max(float(mx.abs(array).max().item()) for key, array in exact.items() if key.endswith("lora_b"))
+        apart = max(float(mx.abs(array - exact[key]).max().item()) for key, array in found.items())
+        assert apart < moved * 2**-9, name
+
+
+def test_ranks_that_round_and_ranks_that_do_not_are_no_group(model: Path, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with ranks(2, tmp_path, model, LORA, ADAM) as group:
+            for backend in BACKENDS:
+                one, other = ring_specs(2, backend=backend)
+                failed = await group.join([one, replace(other, gradient_dtype="bf16")])
+                assert all(isinstance(event, RingFailed) for event in failed)
+                assert any("same arrays" in event.reason for event in failed if isinstance(event, RingFailed))
+
+    run(work)
+
+
 def test_a_rank_that_differs_is_put_right_before_the_update(model: Path, tmp_path: Path) -> None:
     async def work() -> None:
         async with ranks(3, tmp_path, model, LORA, ADAM, seeds=[0, 0, 1]) as group:
-            for backend in BACKENDS:
+            for backend, dtype in itertools.product(BACKENDS, GRADIENT_DTYPES):
                 await group.set_up()
-                await group.join(ring_specs(3, backend=backend))
+                await group.join(ring_specs(3, backend=backend, gradient_dtype=dtype))
                 before = [digested.sha256 for digested in await group.digests()]
                 assert before[0] == before[1] != before[2]
                 group.heard = [[] for _ in group.workers]
@@ -171,13 +230,14 @@ def test_a_rank_that_differs_is_put_right_before_the_update(model: Path, tmp_pat
     run(work)
 
 
+@pytest.mark.parametrize("dtype", GRADIENT_DTYPES)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_rank_fails_the_step_on_all_others_and_they_go_on_without_it(
-    number: signal.Signals, model: Path, tmp_path: Path
+    number: signal.Signals, dtype: GradientDtype, model: Path, tmp_path: Path
 ) -> None:
     async def work() -> None:
         async with ranks(3, tmp_path, model, LORA, ADAM) as group:
-            await group.join(ring_specs(3))
+            await group.join(ring_specs(3, gradient_dtype=dtype))
             await group.step(1, divided(1, [3, 3, 2]))
             # Frozen or dead before its share comes: the others are in the reduction, and nothing tells them.
             for pid in (*reducers(group, 2), group.workers[2].pid):
@@ -188,7 +248,7 @@ def test_a_lost_rank_fails_the_step_on_all_others_and_they_go_on_without_it(
             failed = await group.all(RingFailed, among=[0, 1])
             assert {event.step for event in failed} == {2}
             assert not any(reducers(group, rank) for rank in (0, 1))
-            joined = await group.join(ring_specs(2), among=[0, 1])
+            joined = await group.join(ring_specs(2, gradient_dtype=dtype), among=[0, 1])
             assert all(isinstance(event, Joined) for event in joined), "the step after the failed one is passed over"
             for rank, rows in enumerate(divided(2, [4, 4])):
                 await group.workers[rank].send(TrainStep(Share(2, rows)))

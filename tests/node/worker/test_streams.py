@@ -2,71 +2,22 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
-from coordinator.adding import StreamSums
 from node.events import Addend
 from node.spec import PIECES_IN_FLIGHT, RingSpec, Total
 from node.worker import streams
 from node.worker.adder import Floats, Limit, ReductionFailed
 from node.worker.streams import StreamAdder
+from tests.fixtures.adding import SECONDS, Post
 
-SECONDS = 30.0
 PIECE = 4
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "PIECE_FLOATS", PIECE)
-
-
-class Post:
-    """Carries pieces to the sums, and totals to all ranks."""
-
-    def __init__(self, size: int, count: int) -> None:
-        self._sums = StreamSums(size)
-        self._lock = threading.Lock()
-        self._totals: list[queue.SimpleQueue[Total]] = [queue.SimpleQueue() for _ in range(size)]
-        self.adders = [self._adder(rank, count) for rank in range(size)]
-
-    def _adder(self, rank: int, count: int) -> StreamAdder:
-        def emit(addend: Addend) -> None:
-            with self._lock:
-                data = self._sums.add(rank, addend)
-                for totals in self._totals if data is not None else []:
-                    totals.put(Total(addend.step, addend.index, data or b""))
-
-        def total(until: float) -> Total | None:
-            try:
-                return self._totals[rank].get(timeout=until - time.monotonic())
-            except queue.Empty:
-                return None
-
-        return StreamAdder(count, emit, total, lambda: False)
-
-    def all(self, work: Callable[[int, StreamAdder], None]) -> list[str]:
-        """Have all ranks do this at once; why each failed, or ""."""
-        why = [""] * len(self.adders)
-
-        def one(rank: int) -> None:
-            try:
-                work(rank, self.adders[rank])
-            except ReductionFailed as error:
-                why[rank] = str(error)
-
-        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(len(self.adders))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(SECONDS)
-            assert not thread.is_alive()
-        return why
 
 
 def spec(rank: int, size: int, token: int = 7) -> RingSpec:
