@@ -13,6 +13,7 @@ import pytest
 
 from coordinator.adding import NotAddable, StreamSums
 from coordinator.crew import Crew, Member
+from node.bf16 import rounded
 from node.errors import TandemError, WorkerLost
 from node.events import Addend, Event, Heartbeat, Ready, RingFailed
 from node.info import Backend, RingPart
@@ -74,6 +75,52 @@ def test_what_does_not_belong_is_refused_and_changes_nothing(addend: Addend, say
     with pytest.raises(NotAddable, match=says):
         sums.add(1, addend)
     assert sums.add(1, Addend(3, 1, floats(5, 6))) == floats(6, 8)
+
+
+def halves(*numbers: float) -> bytes:
+    return rounded(np.array(numbers, np.float32)).astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("addend", "says"),
+    [
+        (Addend(2, 1, halves(1, 2), 0, bf16=True), "rank 1 gave piece 0 of a gradient of which 1 are known"),
+        (Addend(2, 1, halves(1, 2), -1, bf16=True), "rank 1 gave piece -1 of a gradient of which 1 are known"),
+        (
+            Addend(2, 1, halves(1, 2), 2 + PIECES_IN_FLIGHT, bf16=True),
+            f"rank 1 gave piece {2 + PIECES_IN_FLIGHT} of a gradient of which 1 are known",
+        ),
+        (Addend(2, 1, halves(1, 2, 3), 1, bf16=True), "rank 1 gave 6 bytes for 2 numbers of a gradient"),
+        (Addend(2, 1, floats(1), 1), "rank 1 gave 4 bytes for 2 numbers of a gradient"),
+        (Addend(2, 1, b"abc", 1, bf16=True), "rank 1 gave a piece of 3 bytes"),
+        (Addend(2, 1, halves(1, 2), 2, bf16=True), "rank 1 gave another part of the gradient for piece 1 than others"),
+        (Addend(2, 1, floats(1), 0), "rank 1 gave another part of the gradient for piece 1 than others"),
+    ],
+)
+def test_parts_of_gradients_stand_where_they_stood(addend: Addend, says: str) -> None:
+    sums = StreamSums(2)
+    for rank in range(2):
+        total = sums.add(rank, Addend(1, 0, halves(1, 2), 1, bf16=True))
+    assert total == halves(2, 4)
+    sums.add(0, Addend(2, 1, halves(3, 1), 1, bf16=True))
+    with pytest.raises(NotAddable, match=says):
+        sums.add(1, addend)
+    assert sums.add(1, Addend(2, 1, halves(1, 2), 1, bf16=True)) == halves(4, 3)
+
+
+def test_what_rounding_a_total_keeps_back_is_paid_with_the_next_or_when_it_is_settled() -> None:
+    sums = StreamSums(2)
+
+    def total(index: int, one: bytes, other: bytes, *, bf16: bool = True) -> bytes | None:
+        sums.add(0, Addend(1, index, one, 1, bf16))
+        return sums.add(1, Addend(1, index, other, 1, bf16))
+
+    # Of numbers between 2 and 4 bf16 holds every 64th part.
+    one, other = halves(1), halves(1 + 2**-7)
+    assert [total(index, one, other) for index in range(2)] == [halves(2), halves(2 + 2**-6)]
+    assert total(2, one, other) == halves(2)
+    assert total(3, floats(1), floats(1), bf16=False) == floats(2 + 2**-7)
+    assert total(4, floats(1), floats(1), bf16=False) == floats(2)
 
 
 def test_memory_is_bounded() -> None:

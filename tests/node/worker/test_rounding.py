@@ -95,7 +95,7 @@ ways = pytest.mark.parametrize(("backend", "size"), [("ring", 2), ("ring", 3), (
 
 
 @ways
-@pytest.mark.parametrize("count", [1, 7, 64 * (PIECES_IN_FLIGHT + 2) + 5])
+@pytest.mark.parametrize("count", [1, 2, 7, 64 * (PIECES_IN_FLIGHT + 2) + 5])
 def test_a_sum_is_right_to_bf16_rounding(backend: Backend, size: int, count: int, tmp_path: Path) -> None:
     random = np.random.default_rng(count)
     with group(backend, size, count, tmp_path) as made:
