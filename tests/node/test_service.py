@@ -36,7 +36,7 @@ from node.files import sha256_of
 from node.hardware import facts
 from node.home import home as tandem_home
 from node.identity import credentials
-from node.info import Busy, Interface, NodeInfo, RdmaDevice, RingPart
+from node.info import Busy, GradientDtype, Interface, NodeInfo, RdmaDevice, RingPart
 from node.manifest import manifest_of
 from node.owner import Owner
 from node.relay import Relay
@@ -356,7 +356,10 @@ def test_a_group_with_a_stranger_is_refused(tmp_path: Path, model: Path) -> None
     run(work)
 
 
-def test_two_nodes_form_a_group_through_their_relays(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("dtypes", [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")], ids="-".join)
+def test_two_nodes_form_a_group_through_their_relays(
+    dtypes: tuple[GradientDtype, GradientDtype], tmp_path: Path, model: Path
+) -> None:
     async def work() -> None:
         async with serving(tmp_path, model, count=2) as pairs:
             links = [await client.open_worker("run", "anna") for _, client in pairs]
@@ -369,7 +372,12 @@ def test_two_nodes_form_a_group_through_their_relays(tmp_path: Path, model: Path
                 after = 1 - rank
                 relay = f"127.0.0.1:{pairs[after][0].relay.port}"
                 part = RingPart(rank, 2, "ring", routes[rank], routes[after], (relay, relay), 77, 20.0, 20.0)
-                await link.form_ring(at_home(part))
+                await link.form_ring(at_home(replace(part, gradient_dtype=dtypes[rank])))
+            if dtypes[0] != dtypes[1]:
+                failed = await asyncio.gather(*(until(link, RingFailed) for link in links))
+                assert any("do not train the same arrays" in event.reason for event in failed)
+                await asyncio.gather(*(link.close() for link in links))
+                return
             joined = await asyncio.gather(*(until(link, Joined) for link in links))
             assert [event.rank for event in joined] == [0, 1]
             for rank, link in enumerate(links):
