@@ -19,9 +19,9 @@ MemoryLevel = Literal["unknown", "normal", "warn", "critical"]
 ThermalLevel = Literal["unknown", "nominal", "fair", "serious", "critical"]
 Battery = Literal["", "no", "yes"]
 Backend = Literal["ring", "jaccl", "grpc"]
+"""How a group's numbers are added up: by ``mlx.distributed`` over TCP or RDMA, or through the coordinator."""
 GradientDtype = Literal["fp32", "bf16"]
 """As what gradients cross the wire; see ``node.bf16``."""
-"""How a group's numbers are added up: by ``mlx.distributed`` over TCP or RDMA, or through the coordinator."""
 
 
 @dataclass(frozen=True)
