@@ -11,7 +11,7 @@ from coordinator.data.batches import Batches, gather, micro_batches, sequential_
 from coordinator.data.padding import Indices
 from coordinator.data.tokenset import TokenSet
 from coordinator.division import divide, group_rows, padded_lengths
-from coordinator.pace import Pace
+from coordinator.pace import Pace, Speed
 from coordinator.program import Program
 from node.spec import Int32, Rows, Share
 
@@ -28,6 +28,44 @@ def halved(limit: int, longest: int) -> int | None:
     """
     half = limit // 2
     return half if half >= max(1, longest // 2) else None
+
+
+def micro_batched(
+    lengths: Int32,
+    max_seq_length: int | None,
+    speeds: Sequence[Speed],
+    limits: Sequence[int | None],
+    *,
+    most_rows: int,
+    at_once: int | None = None,
+    affinity: Mapping[int, int] | None = None,
+) -> list[list[Indices]]:
+    """The rows of a step, divided, and each member's cut into micro-batches.
+
+    Args:
+        lengths: (rows,) tokens of each row.
+        max_seq_length: tokens that rows were cut to.
+        speeds: of each member.
+        limits: most input positions of a micro-batch of each member, or None.
+        most_rows: of a micro-batch.
+        at_once: most input positions of a micro-batch of anybody, or None.
+        affinity: see ``divide``.
+
+    Returns:
+        For each member its micro-batches: indices in ``lengths``, ascending.
+    """
+    padded = padded_lengths(lengths, max_seq_length)
+    found = []
+    for rows, limit in zip(divide(lengths, max_seq_length, speeds, limits, affinity), limits, strict=True):
+        longest_first = rows[np.argsort(-padded[rows], kind="stable")]
+        sizes = group_rows(padded[longest_first].tolist(), _least(limit, at_once), most_rows)
+        ends = np.cumsum(sizes, dtype=np.int64)
+        found.append([np.sort(part) for part in np.split(longest_first, ends[:-1])] if sizes else [])
+    return found
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 class StepSource:
@@ -58,7 +96,7 @@ class StepSource:
         for iteration in self._program.iters(step):
             rows = gather(self._tokens, self._batches.rows(iteration), position)
             position += len(rows.ids)
-            parts += micro_batches(rows, self._limit(self.token_limit))
+            parts += micro_batches(rows, _least(self.token_limit, self._at_once))
         self._largest = max(self._largest, *(len(part.ids) * part.padded_length for part in parts))
         return Share(step, tuple(parts))
 
@@ -89,27 +127,20 @@ class StepSource:
         lengths = self._tokens.lengths[row_ids]
         limits = limits if limits is not None else [None] * len(paces)
         wishes = {i: affinity[int(row)] for i, row in enumerate(row_ids) if int(row) in affinity} if affinity else None
-        speeds = [pace.now for pace in paces]
-        padded = padded_lengths(lengths, self._tokens.max_seq_length)
-        shares = []
-        for rows, limit in zip(
-            divide(lengths, self._tokens.max_seq_length, speeds, limits, wishes), limits, strict=True
-        ):
-            longest_first = rows[np.argsort(-padded[rows], kind="stable")]
-            parts = []
-            start = 0
-            for size in group_rows(padded[longest_first].tolist(), self._limit(limit), self._batches.batch_size):
-                parts.append(self._numbered(row_ids, np.sort(longest_first[start : start + size])))
-                start += size
-            shares.append(Share(step, tuple(parts)))
-        return shares
+        divided = micro_batched(
+            lengths,
+            self._tokens.max_seq_length,
+            [pace.now for pace in paces],
+            limits,
+            most_rows=self._batches.batch_size,
+            at_once=self._at_once,
+            affinity=wishes,
+        )
+        return [Share(step, tuple(self._numbered(row_ids, part) for part in parts)) for parts in divided]
 
     def row_ids(self, step: int) -> Indices:
         """(rows,) ids in the data of the rows of a step, in the order in which they are numbered."""
         return np.concatenate([self._batches.rows(iteration) for iteration in self._program.iters(step)])
-
-    def _limit(self, limit: int | None) -> int | None:
-        return min((most for most in (limit, self._at_once) if most is not None), default=None)
 
     def _numbered(self, row_ids: Indices, positions: Indices) -> Rows:
         return dataclasses.replace(gather(self._tokens, row_ids[positions]), ids=positions.astype(np.int32))
