@@ -24,6 +24,7 @@ COMMANDS = {
     "invite": LazyCommand("coordinator.commands.pair:invite", "A token for a node to join by itself."),
     "dashboard": LazyCommand("coordinator.commands.dashboard:dashboard", "Past and running runs in the browser."),
     "estimate": LazyCommand("coordinator.commands.estimate:estimate", "Memory a training would take, by method."),
+    "simulate": LazyCommand("coordinator.commands.simulate:simulate", "Step time of a fleet, before there is one."),
     "data": LazyCommand("coordinator.commands.data:data", "Check, split and convert data."),
     "demo": LazyCommand("coordinator.commands.demo:demo", "The whole story on this machine, with two nodes, offline."),
 }

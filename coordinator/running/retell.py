@@ -71,7 +71,7 @@ def retold(entry: Mapping[str, Any]) -> RunEvent:
             lines = entry.get("lines")
             words = tuple(str(line) for line in lines) if isinstance(lines, list) else (message,)
             members, rows = _members(entry.get("members")), _whole(entry.get("step_rows")) or 0
-            return FleetFormed(members, rows, words, _links(entry.get("links")))
+            return FleetFormed(members, rows, words, links_of(entry.get("links")))
         case _:
             details = {name: value for name, value in entry.items() if name not in _OF_A_NOTE}
             return Noted(kind, message, str(entry.get("level", "info")), details)
@@ -106,7 +106,7 @@ def _members(found: object) -> tuple[FleetMember, ...]:
     )
 
 
-def _links(found: object) -> tuple[FleetLink, ...]:
+def links_of(found: object) -> tuple[FleetLink, ...]:
     given = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
     return tuple(
         FleetLink(
