@@ -249,7 +249,8 @@ class _Run:
         applied = max((rank.step - 1 for rank in self._ranks), default=0)
         for number in range(len(self.steps) + 1, applied + 1):
             self._finish(number)
-        self.replayed += sum(1 for number in self._reports if number > applied)
+        self.replayed += len(self._reports)  # of steps that nobody left has applied
+        self._reports = {}
         group = self._group
         self.clock.after(REGROUP_SECONDS, lambda: self._form(applied + 1) if group == self._group else None)
 

@@ -7,7 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from coordinator import engine
 from coordinator.planner import JobFacts, plan
+from coordinator.simulation import steps
 from coordinator.simulation.steps import REGROUP_SECONDS, Slowdown, simulate
 from coordinator.simulation.sums import Costs
 from node.errors import TooFewNodes
@@ -50,11 +52,11 @@ def test_the_same_seed_gives_the_same_steps() -> None:
     ids = names(5)
     machines = [machine(i, noise=0.1) for i in ids]
 
-    def steps(seed: int) -> list[float]:
+    def ends(seed: int) -> list[float]:
         return [step.ended for step in simulate(machines, job(), network(ids, 1e9), seed=seed).steps]
 
-    assert steps(3) == steps(3)
-    assert steps(3) != steps(4)
+    assert ends(3) == ends(3)
+    assert ends(3) != ends(4)
 
 
 def test_noise_has_everybody_wait_for_the_slowest() -> None:
@@ -109,6 +111,20 @@ def test_who_is_lost_leaves_its_rows_to_the_others() -> None:
     assert [len(step.positions) for step in found.steps] == [3] * 4 + [2] * 4
     assert found.steps[4].ended == pytest.approx(5.0 + REGROUP_SECONDS + 6 * 0.256, rel=0.01)
     assert found.replayed == 1
+
+
+def test_losing_two_at_once_replays_a_step_once() -> None:
+    ids = ["a", "b", "c", "d"]
+    machines = [machine("a"), machine("b"), machine("c", lost_at=5.0), machine("d", lost_at=6.0)]
+    found = simulate(machines, job(12), network(ids, 1e12), FREE, steps=10, everyone=True)
+    assert [step.number for step in found.steps] == list(range(1, 11))
+    assert [len(step.positions) for step in found.steps][-1] == 2
+    assert found.replayed == 1
+    assert found.steps[6].ended > 6.0 + REGROUP_SECONDS
+
+
+def test_shares_are_made_as_early_as_in_training() -> None:
+    assert steps.STEPS_AHEAD == engine.STEPS_AHEAD
 
 
 def test_with_the_last_machine_the_run_ends() -> None:
