@@ -12,6 +12,7 @@ from node.sizes import show_size
 
 HEADINGS = ("machines", "tokens/s", "step", "compute", "network", "waiting", "speed-up", "the last one adds")
 NAMES_WIDTH = 34
+MOST_LINKS = 3
 
 
 def lines(found: Growth) -> list[str]:
@@ -27,10 +28,11 @@ def about(found: Growth) -> list[str]:
     fleet, job = found.fleet, found.fleet.job
     rows = [len(step) for step in job.steps]
     tokens = sum(int(step.sum()) for step in job.steps) / sum(rows)
-    wires = {f"{a} - {b}": wire for (a, b), wire in fleet.wires.items()}
-    listed = [f"{name}: {_wire_text(wire.link.bits_per_second, wire.medium)}" for name, wire in wires.items()]
     usual = _wire_text(fleet.usual.link.bits_per_second, fleet.usual.medium)
-    network = f"links {usual}" + (f" ({'; '.join(listed)})" if listed else "")
+    texts = {pair: _wire_text(wire.link.bits_per_second, wire.medium) for pair, wire in fleet.wires.items()}
+    others = [f"{one} - {other}: {text}" for (one, other), text in texts.items() if text != usual]
+    listed = "; ".join([*others[:MOST_LINKS], *(["…"] if len(others) > MOST_LINKS else [])])
+    network = f"links {usual}" + (f" ({listed})" if listed else "")
     step = f"a step: {max(rows)} rows of {tokens:.0f} tokens on average; {show_size(job.gradient_bytes)} to add up"
     return [f"{step}; {network}"]
 
