@@ -18,7 +18,17 @@ from node.hardware import describe, facts
 from tests.benchmarks.figures import Figure, table
 
 # Each is a module of this package, with _ for -, with `run(folder, pairs) -> list[Figure]`.
-NAMES = ("startup", "overhead", "scaling", "unequal", "distribution", "feeding", "ring-encryption", "one-machine")
+NAMES = (
+    "startup",
+    "overhead",
+    "scaling",
+    "unequal",
+    "distribution",
+    "feeding",
+    "ring-encryption",
+    "one-machine",
+    "simulation",
+)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ class Figure:
         unit: of the values.
         values: of each repetition.
         below: what the median should stay below, or None.
-        at_least: what the median should reach, or None; with neither the figure is only for comparison.
+        at_least: what the median should reach, or None.
+        at_most: what it should not exceed, or None; with none of them the figure is only for comparison.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Figure:
     values: tuple[float, ...]
     below: float | None = None
     at_least: float | None = None
+    at_most: float | None = None
 
     @property
     def median(self) -> float:
@@ -31,16 +33,21 @@ class Figure:
     @property
     def goal(self) -> str:
         """What the median should be, or ""."""
-        if self.below is not None:
-            return f"< {self.below:g}"
-        return "" if self.at_least is None else f">= {self.at_least:g}"
+        if self.at_least is not None and self.at_most is not None:
+            return f"{self.at_least:g} to {self.at_most:g}"
+        goals = (("<", self.below), (">=", self.at_least), ("<=", self.at_most))
+        return next((f"{sign} {value:g}" for sign, value in goals if value is not None), "")
 
     @property
     def verdict(self) -> str:
         """Whether it is, or "" without a goal."""
         if not self.goal:
             return ""
-        fits = (self.below is None or self.median < self.below) and self.median >= (self.at_least or 0.0)
+        fits = (
+            (self.below is None or self.median < self.below)
+            and (self.at_least is None or self.median >= self.at_least)
+            and (self.at_most is None or self.median <= self.at_most)
+        )
         return "reached" if fits else "missed"
 
 

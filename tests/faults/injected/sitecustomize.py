@@ -3,6 +3,7 @@
 ``TANDEM_TEST_FAULTS`` is a list of objects: ``do``; ``step``, or ``"at": "fuse"``; and, for those that take time,
 ``seconds``. Each happens once in the life of the folder ``TANDEM_TEST_FAULTS_DONE``, however many workers come after
 the first. ``{"at": "model", "do": "bend"}`` changes a byte of a model file that arrives in the node's daemon.
+``{"do": "pace", "overhead": …, "per_position": …}`` is no fault: every share takes that long, as on a slower machine.
 """
 
 import importlib.abc
@@ -93,6 +94,10 @@ def wrap_trainer(trainer):
         for number, fault in enumerate(FAULTS):
             if fault["do"] == "slow" and fault["step"] <= share.step < fault["step"] + fault["steps"]:
                 time.sleep(9 * (time.perf_counter() - began))
+            if fault["do"] == "pace" and share.micro_batches:
+                positions = sum(len(rows.lengths) * rows.padded_length for rows in share.micro_batches)
+                ends = began + fault["overhead"] + positions * fault["per_position"]
+                time.sleep(max(0.0, ends - time.perf_counter()))
             if fault.get("step") == share.step and fault.get("at") == "sum" and first_time(number):
                 happen(fault)
         return result
