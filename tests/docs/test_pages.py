@@ -57,6 +57,10 @@ def wifi(work: Path) -> None:
     assert 2 in members(work / "adapters")
 
 
+def scaling(work: Path) -> None:
+    assert members(work / "adapters") == {1}
+
+
 def memory(work: Path) -> None:
     assert (work / "adapters" / "adapters.safetensors").is_file()
 
@@ -84,6 +88,7 @@ OUTCOMES: dict[str, Callable[[Path], None]] = {
     "three-macs.md": three_macs,
     "resume.md": resume,
     "wifi.md": wifi,
+    "scaling.md": scaling,
     "memory.md": memory,
     "export.md": export,
     "from-mlx-lm.md": from_mlx_lm,
