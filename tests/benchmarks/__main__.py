@@ -28,6 +28,7 @@ NAMES = (
     "ring-encryption",
     "one-machine",
     "simulation",
+    "unsloth",
 )
 
 
