@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,7 @@ class _Job:
         self.progress = Progress(0, 0)
         self.validation: Evaluation | None = None
         self.token_limit: int | None = None
+        self.early: asyncio.Task[RingWorker] | None = None
 
     async def run(self) -> RunResult | None:
         """Do all of it; None where only the plan was asked for."""
@@ -218,7 +219,8 @@ class _Job:
                 line = "this machine runs on battery power: plug it in, or the run ends with the battery"
                 self.reader.handle(Noted("battery", line, "warning"))
             try:
-                return await self._prepared(model)
+                async with self._early_worker():
+                    return await self._prepared(model)
             except WorkerError:
                 self._hold_copies()
                 # The worker's log is what its message points to.
@@ -438,8 +440,24 @@ class _Job:
         ref = FileRef(INITIAL_WEIGHTS, sha256_of(kept), kept.stat().st_size)
         return dataclasses.replace(self.config, resume_adapter_file=INITIAL_WEIGHTS), {ref: kept}
 
+    @contextlib.asynccontextmanager
+    async def _early_worker(self) -> AsyncIterator[None]:
+        """Where this machine trains alone, start the worker now: it imports for seconds, while the data is read."""
+        if self.selection is None:
+            self.early = asyncio.create_task(RingWorker.start(self.work_folder))
+        try:
+            yield
+        finally:
+            if self.early is not None:
+                # Nobody came to ask for it.
+                with contextlib.suppress(OSError):
+                    worker = await self.early
+                    worker.kill()
+                    await worker.close()
+
     async def _start_worker(self) -> WorkerLink:
-        return await RingWorker.start(self.work_folder)
+        early, self.early = self.early, None
+        return await (early or RingWorker.start(self.work_folder))
 
     async def _open_books(self, engine: Engine) -> None:
         """From here on the run writes: everything that could be checked before has been."""

@@ -22,6 +22,7 @@ from node.clikit import run_cli
 from node.hardware import Facts, facts
 from node.identity import credentials
 from tests.fixtures.models import tiny_model
+from tests.fixtures.processes import command_of, descendants
 from tests.fixtures.runs import ENTRY, write_chat_data
 
 MIB = 1 << 20
@@ -100,6 +101,7 @@ def refused(inputs: Inputs, here: Path, tandem_home: Path, capsys: pytest.Captur
         assert (contents(here), contents(inputs.folder)) == before
         assert not (tandem_home / "runs").exists(), "a run was registered"
         assert not any((tandem_home / "jobs").glob("*")), "a job's folder was left behind"
+        assert not any("node.worker" in command_of(pid) for pid in descendants(os.getpid())), "a worker was left behind"
         return errors.strip()
 
     return run
