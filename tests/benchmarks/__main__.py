@@ -29,6 +29,9 @@ NAMES = (
     "one-machine",
     "simulation",
     "unsloth",
+    "fleet-mixed",
+    "first-step",
+    "network",
 )
 
 

@@ -95,10 +95,11 @@ def alone(
     iters: int,
     options: Sequence[str] = (),
     follow: Follower = lambda _: None,
+    pinned: bool = True,
 ) -> list[Iteration]:
-    """Train on this machine's first core, with these options over the benchmark's own."""
+    """Train on this machine's first core, or on all of them, with these options over the benchmark's own."""
     more = ("--nodes", "local", *options)
-    return _train(work, folder, batch, iters, more, _on(cores(1)[0]), follow)
+    return _train(work, folder, batch, iters, more, _on(cores(1)[0]) if pinned else (), follow)
 
 
 def together(runs: Sequence[Sequence[Iteration]]) -> float:
