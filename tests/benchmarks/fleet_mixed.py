@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.benchmarks import mlx_launch
 from tests.benchmarks.figures import Figure
-from tests.benchmarks.one_machine import BATCH, SMALL_VOCABULARY, Case, _workload
+from tests.benchmarks.one_machine import BATCH, SMALL_VOCABULARY, Case, workload_of
 from tests.benchmarks.pinned import cores, fleet, pinned_nodes
 from tests.benchmarks.workload import WARM_UP, Workload, tokens_per_second
 from tests.fixtures.limits import limited
@@ -24,7 +24,7 @@ PART = 1 / 3
 
 def run(folder: Path, pairs: int) -> list[Figure]:
     """Ratios of real tokens per second: ours over ``mlx.launch``, over its ranks without it, and of unequal ranks."""
-    work = _workload(folder / "work", Case("mixed lengths", ROWS, 0, SMALL_VOCABULARY), hidden=HIDDEN)
+    work = workload_of(folder / "work", Case("mixed lengths", ROWS, 0, SMALL_VOCABULARY), hidden=HIDDEN)
     launched: list[float] = []
     by_hand: list[float] = []
     unequal: list[float] = []

@@ -73,7 +73,7 @@ def run(folder: Path, pairs: int) -> list[Figure]:
     figures = []
     for number, case in enumerate(CASES):
         place = folder / str(number)
-        work = _workload(place, case)
+        work = workload_of(place, case)
         weights = sum(file.stat().st_size for file in work.model.glob("*.safetensors"))
         rates: list[float] = []
         peaks: list[float] = []
@@ -108,7 +108,7 @@ def _peak(iterations: list[Iteration]) -> float:
 def _second_epoch(folder: Path, pairs: int) -> Figure:
     """Half of the blocks are frozen below: what they gave in the first epoch is read in the second."""
     case = Case("epochs", 48, 160, SMALL_VOCABULARY, trained=BLOCKS // 2)
-    work, epoch = _workload(folder, case), case.rows // BATCH
+    work, epoch = workload_of(folder, case), case.rows // BATCH
     ratios = []
     for pair in range(pairs):
         run = _train("ours", work, folder / str(pair), case, 2 * epoch)
@@ -120,7 +120,7 @@ def _second_epoch(folder: Path, pairs: int) -> Figure:
 def _growth(folder: Path) -> Figure:
     """Of the highest memory so far, over a long run on rows of many lengths."""
     case = Case("flat", 256, 0, SMALL_VOCABULARY)
-    work = _workload(folder, case, hidden=64)
+    work = workload_of(folder, case, hidden=64)
     run = _train("ours", work, folder / "run", case, FLAT_STEPS)
     return Figure(
         f"peak memory of {FLAT_STEPS} steps / of {FLAT_FROM}", "x", (_peak(run) / _peak(run[:FLAT_FROM]),), below=1.01
@@ -130,7 +130,7 @@ def _growth(folder: Path) -> Figure:
 def _same_losses(folder: Path) -> Figure:
     """All rows in each batch, all longer than what is kept of them: the peer counts no padding then."""
     case = Case("same", SAME_ROWS, SAME_LENGTH + 16, SMALL_VOCABULARY)
-    work = _workload(folder, case)
+    work = workload_of(folder, case)
     more = ("--max-seq-length", str(SAME_LENGTH))
     ours, theirs = (
         _train(side, work, folder / side, case, SAME_STEPS, batch=SAME_ROWS, more=more) for side in ("ours", "theirs")
@@ -139,7 +139,7 @@ def _same_losses(folder: Path) -> Figure:
     return Figure("same batches: largest difference of a loss", "", (apart,), below=1e-4)
 
 
-def _workload(folder: Path, case: Case, hidden: int = 512) -> Workload:
+def workload_of(folder: Path, case: Case, hidden: int = 512) -> Workload:
     """A small model, and rows of about so many tokens."""
     from tests.fixtures.models import tiny_model
 

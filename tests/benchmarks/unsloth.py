@@ -30,7 +30,7 @@ from tests.benchmarks.one_machine import (
     SAME_STEPS,
     SMALL_VOCABULARY,
     Case,
-    _workload,
+    workload_of,
 )
 from tests.benchmarks.pinned import alone, cores
 from tests.benchmarks.workload import WARM_UP, Iteration, Workload, tokens_per_second
@@ -116,7 +116,7 @@ def run(folder: Path, pairs: int) -> list[Figure]:
     figures = []
     for number, compared in enumerate(CASES):
         case, place = compared.case, folder / str(number)
-        work = _workload(place, case)
+        work = workload_of(place, case)
         weights = sum(file.stat().st_size for file in work.model.glob("*.safetensors"))
         iters = WARM_UP + case.rows // BATCH
         rates: list[float] = []
@@ -163,7 +163,7 @@ def _asked(work: Workload, folder: Path, compared: Compared, iters: int) -> Aske
 def _same_losses(folder: Path, python: Path) -> Figure:
     """All rows in each batch, from the same adapter, without moments, whose first steps the two correct differently."""
     case = Case("same", SAME_ROWS, SAME_LENGTH + 16, SMALL_VOCABULARY)
-    work = _workload(folder, case)
+    work = workload_of(folder, case)
     theirs = train(
         python,
         Asked(

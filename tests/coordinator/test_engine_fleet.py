@@ -508,7 +508,7 @@ def test_a_rank_that_was_put_right_is_told(tmp_path: Path) -> None:
 
     bench = Bench(tmp_path, script)
     bench.go()
-    assert [(note.details["node"], note.level) for note in bench.told.notes("synchronised")] == [
+    assert sorted((note.details["node"], note.level) for note in bench.told.notes("synchronised")) == [
         ("ben", "info"),
         ("cleo", "warning"),
     ]
