@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks.pinned import Follower, cores
-from tests.benchmarks.workload import Iteration, Workload, reported
+from tests.benchmarks.pinned import Follower, cores, followed
+from tests.benchmarks.workload import Iteration, Workload
 from tests.fixtures.hosts import Host
 from tests.fixtures.nodes import ServingNode
 from tests.fixtures.pairs import pair
@@ -66,18 +63,7 @@ class Lab:
             "--warmup", "0", "--val-batches", "0", "--save-every", "100000", "--reduce", "ring",
             "--nodes", addresses, "--no-local", "--force-all", "--min-nodes", str(ranks), *options,
         ]  # fmt: skip
-        found = []
-        environment = {**os.environ, **_environment(self.home)}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                event = json.loads(line)
-                if event["event"] == "step":
-                    found.append(reported(event))
-                    follow(event)
-        if process.returncode:
-            raise RuntimeError(f"coordinator train ended with {process.returncode}")
-        return found
+        return followed(command, _environment(self.home), follow)
 
 
 @contextlib.contextmanager

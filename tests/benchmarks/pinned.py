@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,24 @@ def _train(
         "--batch-size", str(batch), "--num-layers", "-1", "--learning-rate", "1e-5", "--warmup", "0",
         "--lora-scale", "20", "--val-batches", "0", "--save-every", "100000", *more,
     ]  # fmt: skip
+    return followed(command, {"TANDEM_HOME": str(_home(folder)), "TANDEM_BONJOUR": "off"}, follow)
+
+
+def followed(
+    command: Sequence[str], environment: Mapping[str, str], follow: Follower = lambda _: None
+) -> list[Iteration]:
+    """Run a ``coordinator train --json`` to its end.
+
+    Args:
+        command: with its options.
+        environment: over this process's own.
+        follow: is given each step as it is reported.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     found = []
-    environment = {**os.environ, "TANDEM_HOME": str(_home(folder)), "TANDEM_BONJOUR": "off"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as process:
         assert process.stdout is not None
         for line in process.stdout:
             event = json.loads(line)

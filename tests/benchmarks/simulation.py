@@ -7,10 +7,7 @@ speed: it sleeps after it has computed, so that three ranks do not take two core
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +26,8 @@ from coordinator.simulation.network import Network
 from coordinator.simulation.past import PastRun
 from coordinator.simulation.steps import Machine, Outcome, simulate
 from tests.benchmarks.figures import Figure
-from tests.benchmarks.workload import WARM_UP, Workload, reported, seconds_per_iteration, workload
+from tests.benchmarks.pinned import followed
+from tests.benchmarks.workload import WARM_UP, Workload, seconds_per_iteration, workload
 from tests.faults.harness import injected
 from tests.fixtures.hosts import Host, hosts, hosts_available
 from tests.fixtures.nodes import ServingNode
@@ -135,14 +133,5 @@ def _train(
         "--warmup", "0", "--val-batches", "0", "--save-every", "100000", "--seed", "0", "--no-local", "--force-all",
         "--nodes", ",".join(f"{host.address}:{node.port}" for host, node in fleet), "--min-nodes", str(len(fleet)),
     ]  # fmt: skip
-    environment = {**os.environ, "TANDEM_HOME": str(home), "TANDEM_BONJOUR": "off"}
-    found = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            event = json.loads(line)
-            if event["event"] == "step":
-                found.append(reported(event))
-    if process.returncode:
-        raise RuntimeError(f"coordinator train ended with {process.returncode}")
+    found = followed(command, {"TANDEM_HOME": str(home), "TANDEM_BONJOUR": "off"})
     return past_run(folder), seconds_per_iteration(found)
