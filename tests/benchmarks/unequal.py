@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import mlx_launch
 from tests.benchmarks.figures import Figure
-from tests.benchmarks.pinned import cores, fleet, pinned_nodes
-from tests.benchmarks.workload import WARM_UP, Workload, tokens_per_second, workload
+from tests.benchmarks.pinned import cores, fleet, pinned_nodes, together
+from tests.benchmarks.workload import WARM_UP, Iteration, Workload, tokens_per_second, workload
 from tests.fixtures.limits import limited
 from tests.fixtures.nodes import ServingNode
 
 BATCH = 32
 PART = 1 / 3
-ITERS = WARM_UP + 8
+# Two epochs of the fleet, and of the whole machine as long as the limited one needs for one.
+ITERS = WARM_UP + 16
+ITERS_ALONE = {"anna": WARM_UP + 24, "ben": WARM_UP + 8}
 MOVED_AFTER = 12
 MOVING_ITERS = MOVED_AFTER + 24
 # Of the share that the new speeds ask for.
@@ -30,11 +33,16 @@ def run(folder: Path, pairs: int) -> list[Figure]:
         for pair in range(pairs):
             place = folder / f"pair{pair}"
             place.mkdir()
-            alone = tokens_per_second(fleet(work, place / "anna", [anna], batch=BATCH, iters=ITERS))
+            sides: dict[str, float] = {}
             with limited(ben.process.pid, PART):
-                alone += tokens_per_second(fleet(work, place / "ben", [ben], batch=BATCH, iters=ITERS))
-                both = tokens_per_second(fleet(work, place / "both", [anna, ben], batch=BATCH, iters=ITERS))
-            shared.append(both / alone)
+                for side in ("both", "alone") if pair % 2 else ("alone", "both"):
+                    if side == "alone":
+                        sides[side] = _each_alone(work, place, anna, ben)
+                    else:
+                        sides[side] = tokens_per_second(
+                            fleet(work, place / "both", [anna, ben], batch=BATCH, iters=ITERS)
+                        )
+            shared.append(sides["both"] / sides["alone"])
             equal.append(_equal_split(work, place))
             steps.append(float(_steps_to_follow(work, place / "moving", anna, ben)))
     return [
@@ -42,6 +50,20 @@ def run(folder: Path, pairs: int) -> list[Figure]:
         Figure("equal split (mlx_lm, 2 ranks) / sum of both alone", "x", tuple(equal)),
         Figure("steps until shares fit after the limit moved", "", tuple(steps), below=10),
     ]
+
+
+def _each_alone(work: Workload, place: Path, *nodes: ServingNode) -> float:
+    """Tokens per second of runs that know nothing of each other.
+
+    At the same time, as two machines work: two cores of one share caches, memory and clock, and either would be faster
+    while the other rests.
+    """
+
+    def one(node: ServingNode) -> list[Iteration]:
+        return fleet(work, place / node.name, [node], batch=BATCH, iters=ITERS_ALONE[node.name])
+
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        return together(list(pool.map(one, nodes)))
 
 
 def _equal_split(work: Workload, place: Path) -> float:
