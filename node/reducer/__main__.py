@@ -1,7 +1,7 @@
 """``python -P -m node.reducer --fd N --memory M --bytes B --owed O``: serve the worker that started us.
 
-Commands come and answers go as lines of JSON: first ``{"form": …, "layout": …}``, then ``{"sum": count}`` for each
-buffer; with ``exact`` and ``place`` in it the numbers after the first so many are rounded to bf16 on their way, and
+Commands come and answers go as lines of JSON: first ``{"form": …, "layout": …}``, then ``{"sum": count, "first": place}``
+for each run of numbers, of which several may wait; with ``exact`` and ``place`` in it the numbers after the first so many are rounded to bf16 on their way, and
 what that keeps back of them stands at the memory's end, from that place on.
 """
 
@@ -51,13 +51,13 @@ def main() -> int:
     rounded = RoundedSums(group)
     while True:
         command = json.loads(commands.get())
-        count, exact = command["sum"], command.get("exact")
+        first, count, exact = command["first"], command["sum"], command.get("exact")
         try:
             if exact is None:
-                add_up(group, numbers[:count])
+                add_up(group, numbers[first : first + count])
             else:
                 place = command["place"]
-                rounded.add_up(numbers[:count], owed[place : place + count], exact)
+                rounded.add_up(numbers[first : first + count], owed[place : place + count], exact)
         except RuntimeError as error:
             return _say(connection, {"error": " ".join(str(error).split())}, 1)
         _say(connection, {"summed": count}, 0)

@@ -80,13 +80,28 @@ class Adder(Protocol):
             ReductionFailed: the group did not form.
         """
 
-    def add(self, count: int, step: int, limit: Limit, rounding: Rounding | None = None) -> None:
-        """Replace the first ``count`` numbers by their sums over all ranks: the same bits on each.
+    def begin(self, first: int, count: int, step: int, rounding: Rounding | None = None) -> None:
+        """Begin to replace ``count`` numbers, from the ``first`` on, by their sums over all ranks: the same bits on each.
 
-        With ``rounding``, which is the same on all ranks, the sums are those of numbers that were rounded on their way.
+        Several sums may be under way, of different numbers, begun in the same order on all ranks. With ``rounding``,
+        which is the same on all of them, too, the sums are those of numbers that were rounded on their way.
 
         Raises:
-            ReductionFailed: there are none.
+            ReductionFailed: there will be none.
+        """
+
+    def finish(self, limit: Limit) -> None:
+        """Wait for the sum that was begun first of those under way.
+
+        Raises:
+            ReductionFailed: there is none.
+        """
+
+    def add(self, count: int, step: int, limit: Limit, rounding: Rounding | None = None) -> None:
+        """``begin`` with the first number, and ``finish``.
+
+        Raises:
+            ReductionFailed: there is no sum.
         """
 
     def kill(self) -> None:

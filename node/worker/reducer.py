@@ -86,19 +86,29 @@ class ReducerAdder:
         """See ``Adder``."""
         limit = Limit.of_forming(spec)
         command = {"form": dataclasses.asdict(spec), "layout": layout}
-        self._ask(command, "formed", dataclasses.replace(limit, until=limit.until + OWN_TIMER_SECONDS))
+        self._tell(command)
+        self._hear("formed", dataclasses.replace(limit, until=limit.until + OWN_TIMER_SECONDS))
 
-    def add(self, count: int, step: int, limit: Limit, rounding: Rounding | None = None) -> None:
+    def begin(self, first: int, count: int, step: int, rounding: Rounding | None = None) -> None:
         """See ``Adder``."""
         del step
-        command: dict[str, object] = {"sum": count}
+        command: dict[str, object] = {"sum": count, "first": first}
         if rounding is not None and rounding.settle:
             owed = self._owed[rounding.place : rounding.place + count]
-            self.numbers[:count] += owed
+            self.numbers[first : first + count] += owed
             owed[:] = 0
         elif rounding is not None:
             command |= {"exact": rounding.exact, "place": rounding.place}
-        self._ask(command, "summed", limit)
+        self._tell(command)
+
+    def finish(self, limit: Limit) -> None:
+        """See ``Adder``."""
+        self._hear("summed", limit)
+
+    def add(self, count: int, step: int, limit: Limit, rounding: Rounding | None = None) -> None:
+        """See ``Adder``."""
+        self.begin(0, count, step, rounding)
+        self.finish(limit)
 
     def kill(self) -> None:
         """See ``Adder``."""
@@ -112,11 +122,13 @@ class ReducerAdder:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
 
-    def _ask(self, command: dict[str, object], answer: str, limit: Limit) -> None:
+    def _tell(self, command: dict[str, object]) -> None:
         try:
             self._connection.sendall(json.dumps(command).encode() + b"\n")
         except OSError as error:
             raise ReductionFailed("the reducer is gone") from error
+
+    def _hear(self, answer: str, limit: Limit) -> None:
         said = json.loads(self._line(limit))
         if answer not in said:
             raise ReductionFailed(str(said.get("error", "the reducer gave no answer")))

@@ -1,8 +1,10 @@
 """The reduction over several ranks: the numbers of a step, packed for whatever adds them up over the group.
 
-What is added up is fp32, in buckets of at most 256 MB, in the order of the gradients' names: ``[loss, tokens (two
-numbers), digests of the ranks' states, gradients …]``. The worker waits with a deadline, and gives up at once when a
-newer generation is heard of; the group is then left, and nothing of the step has been applied.
+What is added up is fp32, in buckets of at most 256 MB, in the order in which the backward pass knows the gradients:
+``[loss, tokens (two numbers), digests of the ranks' states, gradients …]``. Where all fits into one bucket and is worth
+it, it is added up in a few runs, each as soon as it is computed, while the rest of the backward pass goes on. The worker
+waits with a deadline, and gives up at once when a newer generation is heard of; the group is then left, and nothing of
+the step has been applied.
 
 In a group whose ``gradient_dtype`` is bf16 the gradients, and nothing else, are rounded on their way, and what that
 keeps back is added the next time. A group begins with nothing owed, and a step whose state is to be saved pays all.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +31,10 @@ COUNT_BASE = 4096
 DIGEST_WORDS = 3
 DIGEST_WORD_BYTES = 3
 LOSS_AND_COUNT = 3
+# Of a gradient that travels while the rest of it is computed: so many runs, none smaller than so many numbers, so that a
+# sum's latency is little beside what it saves.
+MOST_RUNS = 4
+LEAST_RUN_FLOATS = 256 << 10
 
 
 class Ring:
@@ -78,23 +84,35 @@ class Ring:
         """Say of which step the next reduction is."""
         self._share = share
 
-    def __call__(self, gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+    def __call__(
+        self, gradients: Arrays, loss: mx.array, tokens: int, computed: Callable[[], None]
+    ) -> tuple[Arrays, float, int]:
         """See ``trainer.Reduction``; gradients come back as fp32.
 
         Raises:
             ReductionFailed: there is no sum.
         """
-        limit = Limit.of(self._share.wait_seconds or self._spec.wait_seconds)
         spec, size = self._spec, self._spec.size
         rounds = spec.gradient_dtype == "bf16"
         # Where gradients are rounded each has its place in all steps.
         head = np.zeros(LOSS_AND_COUNT + (DIGEST_WORDS * size if self._share.check or rounds else 0), np.float32)
-        head[:LOSS_AND_COUNT] = (loss.item(), tokens // COUNT_BASE, tokens % COUNT_BASE)
+        exact = len(head) if rounds else None
+        shapes = {name: gradient.shape for name, gradient in gradients.items()}
+        runs = _runs(
+            {name: gradient.size for name, gradient in gradients.items()}, len(self._adder.numbers) - len(head)
+        )
         if self._share.check:
             first = LOSS_AND_COUNT + DIGEST_WORDS * spec.rank
             head[first : first + DIGEST_WORDS] = _words(_state_digest(self._trainer.published()))
-        shapes = {name: gradient.shape for name, gradient in gradients.items()}
-        sums = _Reader(self._sum(_numbers(head, gradients), limit, exact=len(head) if rounds else None))
+        # On a GPU, all of it is under way before any of it is waited for.
+        mx.async_eval(loss, *gradients.values())  # type: ignore[no-untyped-call]
+        head[:LOSS_AND_COUNT] = (loss.item(), tokens // COUNT_BASE, tokens % COUNT_BASE)
+        if len(runs) > 1:
+            sums = _Reader(self._sum_meanwhile(head, gradients, runs, exact, computed))
+        else:
+            mx.eval(gradients)
+            computed()
+            sums = _Reader(self._sum(_numbers(head, gradients), self._limit(), exact))
         head = sums.take(len(head)).copy()
         summed: Arrays = {}
         for name, shape in shapes.items():
@@ -112,6 +130,35 @@ class Ring:
     def kill_process(self) -> None:
         """See ``Adder``."""
         self._adder.kill_process()
+
+    def _limit(self) -> Limit:
+        """Of this step's sums, from now."""
+        return Limit.of(self._share.wait_seconds or self._spec.wait_seconds)
+
+    def _sum_meanwhile(
+        self,
+        head: Floats,
+        gradients: Arrays,
+        runs: list[list[str]],
+        exact: int | None,
+        computed: Callable[[], None],
+    ) -> Iterator[Floats]:
+        """The sums of all numbers, each run of them begun as soon as it is computed."""
+        begun = place = 0
+        for run in runs:
+            for piece in _numbers(head if run is runs[0] else None, {name: gradients.pop(name) for name in run}):
+                self._adder.numbers[place : place + len(piece)] = piece
+                place += len(piece)
+            rounding = None
+            if exact is not None:
+                rounding = Rounding(begun, max(0, exact - begun), self._share.settle)
+            self._adder.begin(begun, place - begun, self._share.step, rounding)
+            begun = place
+        computed()
+        limit = self._limit()
+        for _ in runs:
+            self._adder.finish(limit)
+        yield self._adder.numbers[:place]
 
     def _sum(self, numbers: Iterator[Floats], limit: Limit, exact: int | None = None) -> Iterator[Floats]:
         """Sums over all ranks, bucket after bucket, of the numbers that are given in pieces.
@@ -224,9 +271,31 @@ def _words(found: bytes) -> list[float]:
     return [float(int.from_bytes(found[start : start + DIGEST_WORD_BYTES], "big")) for start in starts]
 
 
-def _numbers(head: Floats, gradients: Arrays) -> Iterator[Floats]:
+def _runs(sizes: Mapping[str, int], room: int) -> list[list[str]]:
+    """Names of gradients, in their order, cut where about equal parts end.
+
+    A single run where parts would be too small, or where there is no room for all at once.
+
+    Args:
+        sizes: numbers of each.
+        room: for how many numbers there is.
+    """
+    total = sum(sizes.values())
+    count = 1 if total > room else min(MOST_RUNS, total // LEAST_RUN_FLOATS)
+    runs: list[list[str]] = [[]]
+    done = 0
+    for name, size in sizes.items():
+        if done >= total * len(runs) / max(count, 1):
+            runs.append([])
+        runs[-1].append(name)
+        done += size
+    return runs
+
+
+def _numbers(head: Floats | None, gradients: Arrays) -> Iterator[Floats]:
     """What is added up, piece by piece; the mapping is emptied, so that a used gradient's memory is free."""
-    yield head
+    if head is not None:
+        yield head
     for name in list(gradients):
         gradient = gradients.pop(name).astype(mx.float32).reshape(-1)
         mx.eval(gradient)

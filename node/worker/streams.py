@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ class StreamAdder:
         self._total = total
         self._superseded = superseded
         self._sent = self._summed = 0  # pieces, in all of the group's sums
+        self._unsent: deque[tuple[int, _Piece]] = deque()
+        self._under_way: deque[tuple[int, list[_Piece]]] = deque()
 
     def form(self, spec: RingSpec, layout: int) -> None:
         """See ``Adder``."""
@@ -51,15 +54,24 @@ class StreamAdder:
         if why := refutation(self.numbers[: len(mine)].tolist(), spec.size, spec.token, layout):
             raise ReductionFailed(why)
 
+    def begin(self, first: int, count: int, step: int, rounding: Rounding | None = None) -> None:
+        """See ``Adder``."""
+        pieces = list(self._pieces(first, count, rounding))
+        self._unsent += [(step, piece) for piece in pieces]
+        self._under_way.append((step, pieces))
+        self._send()
+
+    def finish(self, limit: Limit) -> None:
+        """See ``Adder``."""
+        step, pieces = self._under_way.popleft()
+        for piece in pieces:
+            piece.numbers[:] = self._next_total(step, piece, limit)
+            self._send()
+
     def add(self, count: int, step: int, limit: Limit, rounding: Rounding | None = None) -> None:
         """See ``Adder``."""
-        pieces = list(self._pieces(count, rounding))
-        unsent = iter(pieces)
-        for piece in pieces:
-            while self._sent < self._summed + PIECES_IN_FLIGHT and (mine := next(unsent, None)) is not None:
-                self._emit(Addend(step, self._sent, mine.data(), mine.place, mine.bf16))
-                self._sent += 1
-            piece.numbers[:] = self._next_total(step, piece, limit)
+        self.begin(0, count, step, rounding)
+        self.finish(limit)
 
     def kill(self) -> None:
         """See ``Adder``."""
@@ -67,10 +79,18 @@ class StreamAdder:
     def kill_process(self) -> None:
         """See ``Adder``."""
 
-    def _pieces(self, count: int, rounding: Rounding | None) -> Iterator[_Piece]:
+    def _send(self) -> None:
+        """As many pieces as may be on their way."""
+        while self._unsent and self._sent < self._summed + PIECES_IN_FLIGHT:
+            step, piece = self._unsent.popleft()
+            self._emit(Addend(step, self._sent, piece.data(), piece.place, piece.bf16))
+            self._sent += 1
+
+    def _pieces(self, first: int, count: int, rounding: Rounding | None) -> Iterator[_Piece]:
+        numbers = self.numbers[first : first + count]
         exact = count if rounding is None else rounding.exact
         for part in _parts(0, exact):
-            yield _Piece(self.numbers[part])
+            yield _Piece(numbers[part])
         if rounding is None:
             return
         if not rounding.place:
@@ -78,7 +98,7 @@ class StreamAdder:
         for part in _parts(exact, count):
             self._place += 1
             owed = self._owed[rounding.place + part.start : rounding.place + part.stop]
-            yield _Piece(self.numbers[part], self._place, not rounding.settle, owed)
+            yield _Piece(numbers[part], self._place, not rounding.settle, owed)
 
     def _next_total(self, step: int, piece: _Piece, limit: Limit) -> Floats:
         total = self._total(limit.until)

@@ -30,17 +30,23 @@ Arrays = dict[str, mx.array]
 class Reduction(Protocol):
     """Adds the ranks' sums together."""
 
-    def __call__(self, gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+    def __call__(
+        self, gradients: Arrays, loss: mx.array, tokens: int, computed: Callable[[], None]
+    ) -> tuple[Arrays, float, int]:
         """The sums over all ranks of the gradients, the losses and the target tokens.
 
-        Gradients come in the order of their names. Their types are those of the parameters, or fp32, as each rank's
-        number of micro-batches has it: what crosses the wire must be cast to one type by the reduction. The mapping
-        that it returns belongs to the trainer, which empties it.
+        Gradients and loss need not be evaluated yet. Gradients come in the order in which a backward pass knows them:
+        those of the last block first. Their types are those of the parameters, or fp32, as each rank's number of
+        micro-batches has it: what crosses the wire must be cast to one type by the reduction. The mapping that it
+        returns belongs to the trainer, which empties it. ``computed`` is to be called once when all is evaluated,
+        before other ranks are waited for.
         """
 
 
-def alone(gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+def alone(gradients: Arrays, loss: mx.array, tokens: int, computed: Callable[[], None]) -> tuple[Arrays, float, int]:
     """The reduction of a single rank: nothing to add."""
+    mx.eval(loss, gradients)
+    computed()
     return gradients, loss.item(), tokens  # type: ignore[return-value]
 
 
@@ -157,12 +163,16 @@ class Trainer:
 
     def run(self, share: Share) -> StepDone:
         """Apply one step: this rank's share of the global batch, summed with the other ranks'."""
-        started = time.perf_counter()
+        started = computed = time.perf_counter()
+
+        def entered() -> None:
+            nonlocal computed
+            computed = time.perf_counter()
+            self._emit(ReduceEntered(share.step))
+
         self._emit(ComputeStarted(share.step))
         gradients, loss, tokens = self._accumulate(share)
-        computed = time.perf_counter()
-        self._emit(ReduceEntered(share.step))
-        gradients, total_loss, total_tokens = self.reduce(gradients, loss, tokens)
+        gradients, total_loss, total_tokens = self.reduce(gradients, loss, tokens, entered)
         reduced = time.perf_counter()
         learning_rate = self._rate_at(share.step)
         grad_norm = self._apply(gradients, total_tokens, learning_rate)
@@ -185,28 +195,33 @@ class Trainer:
     def time(self, share: Share) -> float:
         """Seconds to compute a share's gradient; nothing is applied, nothing is kept."""
         started = time.perf_counter()
-        self._accumulate(share, keep=False)
+        gradients, loss, _ = self._accumulate(share, keep=False)
+        mx.eval(loss, gradients)
         return time.perf_counter() - started
 
     def _accumulate(self, share: Share, *, keep: bool = True) -> tuple[Arrays, mx.array, int]:
-        """Sums of gradients (fp32 where there is more than one part), losses and target tokens of a share."""
+        """Sums of gradients (fp32 where there is more than one part), losses and target tokens of a share.
+
+        The last part is not evaluated: who adds the ranks up may want some of it sooner than all.
+        """
         loss = mx.array(0.0)
         gradients: Any = None
         self._model.train()
         for rows in share.micro_batches:
+            if gradients is not None:
+                mx.eval(loss, gradients)
             part_loss, part = self._micro_batch(share.step, rows, keep=keep)
             loss = loss + part_loss
             if len(share.micro_batches) > 1:
                 part = tree_map(lambda g: g.astype(mx.float32), part)
             gradients = part if gradients is None else tree_map(mx.add, gradients, part)
             del part  # an array that somebody still refers to keeps its memory for itself
-            mx.eval(loss, gradients)
         # The gradient function leaves its own arrays in the model; the parameters are ours.
         self._model.update(self._parameters)
         if gradients is None:
             gradients = tree_map(mx.zeros_like, self._parameters)
-        # By name: a tree's order depends on its history, and sums over all of it must round alike on every rank.
-        named = dict(sorted(tree_flatten(gradients), key=lambda item: item[0]))
+        # A tree's order depends on its history, and sums over all of it must round alike on every rank.
+        named = dict(sorted(tree_flatten(gradients), key=lambda item: _last_block_first(item[0])))
         return named, loss, sum(rows.target_tokens for rows in share.micro_batches)
 
     def _micro_batch(self, step: int, rows: Rows, *, keep: bool) -> tuple[mx.array, Any]:
@@ -256,6 +271,12 @@ class Trainer:
         self._model.update(self._parameters)
         mx.eval(norm, self._parameters, self._optimizer.arrays())
         return norm.item()  # type: ignore[return-value]
+
+
+def _last_block_first(name: str) -> tuple[int, str]:
+    """To sort names of parameters by: as a backward pass comes to them."""
+    block = next((int(part) for part in name.split(".") if part.isdigit()), -1)
+    return -block, name
 
 
 def _update_type(parameter: mx.Dtype) -> mx.Dtype:

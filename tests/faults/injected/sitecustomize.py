@@ -91,6 +91,7 @@ def wrap_trainer(trainer):
     def slowed(self, share, **options):
         began = time.perf_counter()
         result = accumulate(self, share, **options)
+        trainer.mx.eval(*result[:2])
         for number, fault in enumerate(FAULTS):
             if fault["do"] == "slow" and fault["step"] <= share.step < fault["step"] + fault["steps"]:
                 time.sleep(9 * (time.perf_counter() - began))

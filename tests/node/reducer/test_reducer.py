@@ -97,7 +97,7 @@ def test_sums_replace_the_first_numbers_of_the_memory(reducers: list[Reducer]) -
         reducers[0].numbers[:] = np.arange(FLOATS)
         reducers[1].numbers[:] = 0.5
         for reducer in reducers:
-            reducer.tell(sum=count)
+            reducer.tell(sum=count, first=0)
         assert [reducer.answer() for reducer in reducers] == [{"summed": count}] * 2
         for reducer in reducers:
             assert (reducer.numbers[:count] == np.arange(count) + 0.5).all()
@@ -106,7 +106,7 @@ def test_sums_replace_the_first_numbers_of_the_memory(reducers: list[Reducer]) -
 
 def test_a_neighbour_that_is_killed_is_told_and_ends_the_process(reducers: list[Reducer]) -> None:
     formed(reducers, ring_specs(2))
-    reducers[0].tell(sum=FLOATS)
+    reducers[0].tell(sum=FLOATS, first=0)
     reducers[1].process.kill()
     said = reducers[0].answer()
     assert "lost" in said["error"]
@@ -148,7 +148,7 @@ def test_it_ends_when_its_worker_is_gone(when: str, reducers: list[Reducer]) -> 
     else:
         formed(reducers, specs)
     if when == "adding up":
-        reducers[0].tell(sum=FLOATS)
+        reducers[0].tell(sum=FLOATS, first=0)
     reducers[0].leave()
     code = reducers[0].process.wait(SECONDS)
     assert code == (-signal.SIGALRM if when == "forming" else WORKER_GONE)
@@ -183,7 +183,7 @@ def _wait_for_listener(address: str) -> None:
 def test_a_frozen_neighbour_leaves_the_worker_free_to_kill(reducers: list[Reducer]) -> None:
     formed(reducers, ring_specs(2))
     os.kill(reducers[1].process.pid, signal.SIGSTOP)
-    reducers[0].tell(sum=FLOATS)
+    reducers[0].tell(sum=FLOATS, first=0)
     # There is no word of it from MLX, so the worker's deadline must do.
     assert not select.select([reducers[0].connection], [], [], 0.5)[0]
     reducers[0].process.kill()

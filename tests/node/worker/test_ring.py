@@ -37,7 +37,7 @@ from node.spec import (
     TrainStep,
     TuningSpec,
 )
-from node.worker.ring import _bits, _from_bits, _Reader
+from node.worker.ring import _bits, _from_bits, _Reader, _runs
 from tests.fixtures.models import tiny_model
 from tests.fixtures.ranks import Ranks, ranks, ring_specs
 from tests.fixtures.training import as_rows, random_batches
@@ -80,14 +80,32 @@ def reducers(group: Ranks, rank: int) -> list[int]:
     return [int(line.split()[0]) for line in listing.splitlines() if "node.reducer" in line]
 
 
+# Whose gradient travels in several runs.
+LARGE = replace(LORA, rank=256)
+
+
+def test_a_large_gradient_is_cut_where_equal_parts_end() -> None:
+    sizes = {f"{block}.{name}": size << 16 for block in (2, 1, 0) for name, size in (("a", 1), ("b", 3))}
+    assert _runs(sizes, 1 << 30) == [["2.a", "2.b"], ["1.a", "1.b"], ["0.a", "0.b"]]
+    assert _runs({name: 8 * size for name, size in sizes.items()}, 1 << 30) == [
+        ["2.a", "2.b"], ["1.a", "1.b"], ["0.a", "0.b"]
+    ]  # fmt: skip
+    assert _runs(sizes, sum(sizes.values()) - 1) == [list(sizes)], "no room for all of it"
+    assert _runs({name: size >> 3 for name, size in sizes.items()}, 1 << 30) == [list(sizes)], "too small"
+    assert _runs({}, 1 << 30) == [[]]
+
+
 @pytest.mark.parametrize(
-    "optimizer",
+    ("tuning", "optimizer"),
     [
-        pytest.param(ADAM, id="adam"),
-        pytest.param(OptimizerSpec(name="sgd", learning_rate=1e-3), id="sgd", marks=pytest.mark.slow),
+        pytest.param(LORA, ADAM, id="adam"),
+        pytest.param(LARGE, ADAM, id="adam, in runs"),
+        pytest.param(LORA, OptimizerSpec(name="sgd", learning_rate=1e-3), id="sgd", marks=pytest.mark.slow),
     ],
 )
-def test_any_number_of_ranks_gives_the_same_numbers(optimizer: OptimizerSpec, model: Path, tmp_path: Path) -> None:
+def test_any_number_of_ranks_gives_the_same_numbers(
+    tuning: TuningSpec, optimizer: OptimizerSpec, model: Path, tmp_path: Path
+) -> None:
     losses: dict[tuple[int, str], list[float]] = {}
 
     async def curve(group: Ranks, size: int) -> list[float]:
@@ -101,7 +119,7 @@ def test_any_number_of_ranks_gives_the_same_numbers(optimizer: OptimizerSpec, mo
         return found
 
     async def curves(size: int) -> None:
-        async with ranks(size, tmp_path / str(size), model, LORA, optimizer) as group:
+        async with ranks(size, tmp_path / str(size), model, tuning, optimizer) as group:
             if size == 1:
                 losses[size, ""] = await curve(group, size)
             for backend in BACKENDS if size > 1 else ():

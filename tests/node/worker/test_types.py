@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,11 @@ def test_many_micro_batches_are_added_in_fp32(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama", dtype="bfloat16", layers=1)
     sums: list[dict[str, mx.array]] = []
 
-    def reduce(gradients: Arrays, loss: mx.array, tokens: int) -> tuple[Arrays, float, int]:
+    def reduce(
+        gradients: Arrays, loss: mx.array, tokens: int, computed: Callable[[], None]
+    ) -> tuple[Arrays, float, int]:
         sums.append(dict(gradients))
-        return alone(gradients, loss, tokens)
+        return alone(gradients, loss, tokens, computed)
 
     run = InProcess(model, TuningSpec("full", num_layers=-1), OptimizerSpec(learning_rate=0.0), reduce=reduce)
     rows = as_rows([([5, 6, 7, 8], 0)])
