@@ -81,7 +81,7 @@ class Adder(Protocol):
         """
 
     def begin(self, first: int, count: int, step: int, rounding: Rounding | None = None) -> None:
-        """Begin to replace ``count`` numbers, from the ``first`` on, by their sums over all ranks: the same bits on each.
+        """Begin to replace ``count`` numbers, from the ``first`` on, by their sums over all ranks: the same on each.
 
         Several sums may be under way, of different numbers, begun in the same order on all ranks. With ``rounding``,
         which is the same on all of them, too, the sums are those of numbers that were rounded on their way.

@@ -2,9 +2,9 @@
 
 What is added up is fp32, in buckets of at most 256 MB, in the order in which the backward pass knows the gradients:
 ``[loss, tokens (two numbers), digests of the ranks' states, gradients …]``. Where all fits into one bucket and is worth
-it, it is added up in a few runs, each as soon as it is computed, while the rest of the backward pass goes on. The worker
-waits with a deadline, and gives up at once when a newer generation is heard of; the group is then left, and nothing of
-the step has been applied.
+it, it is added up in a few runs, each as soon as it is computed, while the rest of the backward pass goes on. The
+worker waits with a deadline, and gives up at once when a newer generation is heard of; the group is then left, and
+nothing of the step has been applied.
 
 In a group whose ``gradient_dtype`` is bf16 the gradients, and nothing else, are rounded on their way, and what that
 keeps back is added the next time. A group begins with nothing owed, and a step whose state is to be saved pays all.
@@ -31,8 +31,8 @@ COUNT_BASE = 4096
 DIGEST_WORDS = 3
 DIGEST_WORD_BYTES = 3
 LOSS_AND_COUNT = 3
-# Of a gradient that travels while the rest of it is computed: so many runs, none smaller than so many numbers, so that a
-# sum's latency is little beside what it saves.
+# Of a gradient that travels while the rest of it is computed: so many runs, none smaller than so many numbers, so that
+# a sum's latency is little beside what it saves.
 MOST_RUNS = 4
 LEAST_RUN_FLOATS = 256 << 10
 
