@@ -1,8 +1,9 @@
 """``python -P -m node.reducer --fd N --memory M --bytes B --owed O``: serve the worker that started us.
 
 Commands come and answers go as lines of JSON: first ``{"form": …, "layout": …}``, then ``{"sum": count, "first":
-place}`` for each run of numbers, of which several may wait; with ``exact`` and ``place`` in it the numbers after the first so
-many are rounded to bf16 on their way, and what that keeps back of them stands at the memory's end, from that place on.
+place}`` for each run of numbers, of which several may wait; with ``exact`` and ``place`` in it the numbers after the
+first so many are rounded to bf16 on their way, and what that keeps back of them stands at the memory's end, from that
+place on.
 """
 
 from __future__ import annotations
