@@ -32,6 +32,7 @@ NAMES = (
     "fleet-mixed",
     "first-step",
     "network",
+    "slow-link",
 )
 
 

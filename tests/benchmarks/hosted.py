@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +67,14 @@ class Lab:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, hosts: Sequence[Host]) -> Iterator[Lab]:
-    """A node on each host. Where there are more of them than cores, some share one."""
+def serving(folder: Path, hosts: Sequence[Host], environment: Mapping[str, str] | None = None) -> Iterator[Lab]:
+    """A node on each host. Where there are more of them than cores, some share one.
+
+    Args:
+        folder: for their homes.
+        hosts: connected ones.
+        environment: more of it, for the nodes.
+    """
     usable = cores(2)
     homes = [folder / f"home{number}" for number in range(len(hosts))]
     asking = folder / "home-of-coordinator"
@@ -80,7 +86,7 @@ def serving(folder: Path, hosts: Sequence[Host]) -> Iterator[Lab]:
                 ServingNode(
                     home.name,
                     home,
-                    environment=_environment(home),
+                    environment={**_environment(home), **(environment or {})},
                     prefix=(*host.prefix, "taskset", "--cpu-list", str(usable[number % len(usable)])),
                 )
             )
