@@ -29,7 +29,7 @@ from coordinator.links import Paths, measure_links
 from coordinator.models import ResolvedModel
 from coordinator.pace import Pace, Speed
 from coordinator.planner import Candidate, JobFacts, LeftOut, Plan, describe, plan
-from coordinator.preflight import check_memory, fitting_tokens, least_bytes, memory_limit
+from coordinator.preflight import SHORT_ROW, check_memory, fitting_tokens, least_bytes, memory_limit
 from coordinator.pressure import in_words
 from coordinator.program import Program
 from coordinator.recruits import NotWorth, Recruiter
@@ -57,7 +57,7 @@ from node.spec import FileRef, JobSpec, Probe, Share
 from node.store import Store
 from node.trust import Trust
 
-__all__ = ["Fleet", "Selection", "Wanted", "looking"]
+__all__ = ["Ahead", "Fleet", "Selection", "Wanted", "looking"]
 
 PROBE_REPEATS = 2
 PROBE_SECONDS = 0.5
@@ -68,6 +68,21 @@ KEPT_SECONDS = 5.0
 STEPS_LOOKED_AT = 16
 UNPAIRED = "paired with this machine no more"
 NOT_LOCAL = "it is on this machine, which --no-local leaves out; --nodes with its name has it train"
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is known of a job before its data is read.
+
+    Attributes:
+        config: all options.
+        model: that is trained.
+        job: the run's id.
+    """
+
+    config: TrainConfig
+    model: ResolvedModel
+    job: str
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,7 @@ class Fleet:
     """Brings the workers of several machines, at first and later; see ``regroup.Muster``.
 
     Args:
-        wanted: what it is for.
+        ahead: what is known of the job before its data is read; ``want`` tells the rest.
         selection: whom to ask.
         reader: takes what happens.
         stop: set by Ctrl-C.
@@ -187,8 +202,10 @@ class Fleet:
         gradient_dtype: as what gradients are sent, in all of the run; ``auto`` until the plan has said it.
     """
 
-    def __init__(self, wanted: Wanted, selection: Selection, reader: Reader, stop: asyncio.Event) -> None:
-        self._wanted = wanted
+    def __init__(self, ahead: Ahead, selection: Selection, reader: Reader, stop: asyncio.Event) -> None:
+        self._ahead = ahead
+        self._told: Wanted | None = None
+        self._coming: asyncio.Task[None] | None = None
         self._selection = selection
         self._reader = reader
         self._stop = stop
@@ -209,14 +226,29 @@ class Fleet:
         self._closing: set[asyncio.Task[None]] = set()
         self._known: dict[str, SeenNode] = {}  # all that have had a worker in a generation
         self.plan: Plan | None = None
-        self.reduce = wanted.config.reduce
-        self.gradient_dtype: GradientDtype | Literal["auto"] = wanted.config.gradient_dtype  # type: ignore[assignment]
+        self.reduce = ahead.config.reduce
+        self.gradient_dtype: GradientDtype | Literal["auto"] = ahead.config.gradient_dtype  # type: ignore[assignment]
 
     # --- coming together ------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Meet the machines, have them start workers and get the model, while the data is read."""
+        self._watch_trust()
+        if self._coming is None:
+            self._coming = asyncio.create_task(unless_stopped(self._come_together(), self._stop))
+
+    def want(self, wanted: Wanted) -> None:
+        """Say what it is for, now that the data is read; before ``assemble``."""
+        self._told = wanted
+
+    @property
+    def _wanted(self) -> Wanted:
+        assert self._told is not None, "the data is read before anybody trains"
+        return self._told
+
     async def assemble(self) -> Crew:
         """See ``regroup.Muster``."""
-        self._watch_trust()
+        self.begin()
         return await unless_stopped(self._assemble(), self._stop)
 
     def _watch_trust(self) -> None:
@@ -261,11 +293,17 @@ class Fleet:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def _assemble(self) -> Crew:
+    async def _come_together(self) -> None:
+        """All that needs no data."""
         await self._meet()
-        await self._check_memory()
+        await self._check_memory(min(SHORT_ROW, self._ahead.config.max_seq_length))
         await self._reserve()
         await self._bring_the_model()
+
+    async def _assemble(self) -> Crew:
+        assert self._coming is not None, "it has begun"
+        await self._coming
+        await self._check_memory(self._wanted.train.longest)
         await self._load()
         await self._probe()
         await self._decide()
@@ -284,7 +322,7 @@ class Fleet:
         if self._giver is None:
             # It gives the model even where it does not train.
             # A node that serves here and was left out has its owner's reasons: then this machine gives files only.
-            trains = self._wanted.config.local and not running_nodes(own)
+            trains = self._ahead.config.local and not running_nodes(own)
             daemon = await self._host({node.info.name for node in self._nodes}, takes_jobs=trains)
             if trains:
                 self._nodes.insert(0, _own_node(daemon, daemon.info()))
@@ -300,20 +338,23 @@ class Fleet:
         if name in taken:
             name = f"{name} (here)"
         # To train on the own machine's battery, or with a model's own code, is the person's own wish.
-        owner = Owner(home(), allow_battery=True, trusts_code=self._wanted.config.trust_remote_code)
+        owner = Owner(home(), allow_battery=True, trusts_code=self._ahead.config.trust_remote_code)
         daemon = Daemon(home(), name, takes_jobs=takes_jobs, advertise=False, owner=owner)
         await daemon.start()
         self._daemon, self._giver = daemon, (daemon.address, daemon.info())
         return daemon
 
-    async def _check_memory(self) -> None:
-        """Leave out whom the model does not fit, before it is sent and loaded.
+    async def _check_memory(self, longest: int) -> None:
+        """Leave out whom the model does not fit, before it is sent and before it is loaded.
+
+        Args:
+            longest: tokens of the longest row, as far as that is known.
 
         Raises:
             UserError: it fits nobody; the message says what would fit the largest.
         """
-        config, wanted = self._largest(), self._wanted
-        needs = least_bytes(config, wanted.model, wanted.train.longest)
+        config, model = self._ahead.config, self._ahead.model
+        needs = least_bytes(config, model, longest)
         short = []
         for node in self._nodes:
             limit = memory_limit(node.found)
@@ -322,7 +363,7 @@ class Fleet:
                 short.append(node)
         if short and len(short) == len(self._nodes):
             largest = max(short, key=lambda node: memory_limit(node.found) or 0)
-            check_memory(config, wanted.model, wanted.train.longest, rows_at_once=1, found=largest.found)
+            check_memory(config, model, longest, rows_at_once=1, found=largest.found)
         await self._drop_problems()
 
     def _token_limit(self, node: _Node) -> int | None:
@@ -344,7 +385,7 @@ class Fleet:
 
     async def _reserve(self) -> None:
         """Open a worker on each node; in one order everywhere, so that two coordinators never wait for each other."""
-        config = self._wanted.config
+        config = self._ahead.config
         owner = _owner()
         for node in sorted(self._nodes, key=lambda node: node.info.id):
 
@@ -353,9 +394,7 @@ class Fleet:
                 self._reader.handle(Noted("queued", line))
 
             try:
-                node.link = await node.client.open_worker(
-                    self._wanted.job.job, owner, wait=config.wait, on_queue=queued
-                )
+                node.link = await node.client.open_worker(self._ahead.job, owner, wait=config.wait, on_queue=queued)
                 self._check_paired(node.seen)  # it may have stood in line for long
             except NodeError as error:
                 hint = "; --wait stands in line" if isinstance(error, NodeRefused) and error.kind == "busy" else ""
@@ -370,7 +409,7 @@ class Fleet:
 
     async def _read_the_model(self) -> None:
         """See which files make up the model, and have the store of this machine give them."""
-        model, own = self._wanted.model, home()
+        model, own = self._ahead.model, home()
 
         def advance(done: int, total: int) -> None:
             if self._stop.is_set():
@@ -384,7 +423,7 @@ class Fleet:
                 model.revision or "",
                 own / "cache" / "digests.json",
                 advance,
-                with_code=self._wanted.config.trust_remote_code,
+                with_code=self._ahead.config.trust_remote_code,
             )
             return manifest, Store(own / "store").adopt(manifest, model.path)
 
@@ -572,11 +611,12 @@ class Fleet:
             self._left_out.append((node.info.name, node.problem))
             await self._let_go(node)
         left = len(self._nodes)
-        if left < max(1, self._wanted.config.min_nodes):
+        fewest = self._ahead.config.min_nodes
+        if left < max(1, fewest):
             why = _reasons(self._left_out)
-            if left == 0 and self._wanted.config.min_nodes == 1:
+            if left == 0 and fewest == 1:
                 raise TandemError(f"no machine can take part: {why}")
-            raise TooFewNodes(f"{left} of --min-nodes {self._wanted.config.min_nodes} machines can take part: {why}")
+            raise TooFewNodes(f"{left} of --min-nodes {fewest} machines can take part: {why}")
         for node in dropped:
             self._reader.handle(_left_out(node.info.name, node.problem))
 
@@ -829,6 +869,9 @@ class Fleet:
 
     async def close(self) -> None:
         """Let all nodes go, and end what was hosted here."""
+        if self._coming is not None:
+            self._coming.cancel()
+            await asyncio.gather(self._coming, return_exceptions=True)
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from coordinator.alone import HERE, Alone
 from coordinator.crew import Crew, Member
 from coordinator.discovery import Selection
-from coordinator.fleet import Fleet, Wanted, _Node, _own_node, own_name
+from coordinator.fleet import Ahead, Fleet, Wanted, _Node, _own_node, own_name
 from coordinator.planner import Plan
 from coordinator.shares import halved
 from coordinator.stream import Noted, Reader
@@ -35,7 +35,8 @@ class Growing(Fleet):
     awaited = Alone.awaited
 
     def __init__(self, wanted: Wanted, alone: Alone, reader: Reader, stop: asyncio.Event) -> None:
-        super().__init__(wanted, Selection((), (), 0.0), reader, stop)
+        super().__init__(Ahead(wanted.config, wanted.model, wanted.job.job), Selection((), (), 0.0), reader, stop)
+        self.want(wanted)
         if self.gradient_dtype == "auto":
             self.gradient_dtype = "fp32"  # a run that begins here alone knows no network to save on
         self._alone = alone

@@ -26,7 +26,7 @@ from coordinator.data.padding import positions_at_once
 from coordinator.data.tokenset import TokenSet
 from coordinator.engine import Engine, Work
 from coordinator.finish import fuse_result, next_commands, summary
-from coordinator.fleet import Fleet, Selection, Wanted, looking
+from coordinator.fleet import Ahead, Fleet, Selection, Wanted, looking
 from coordinator.growing import Growing
 from coordinator.home import holds, new_job_folder
 from coordinator.models import ResolvedModel, resolve
@@ -243,6 +243,10 @@ class _Job:
             self.folder.lock()
             checkpoint = self._checkpoint()
             self.progress = checkpoint.progress if checkpoint is not None else self.progress
+        if self.selection is not None:
+            self.fleet = Fleet(Ahead(self.config, model, self.run_id), self.selection, self.reader, self.stop)
+            if not self.resume:  # else the nodes are asked first what they hold of the run
+                self.fleet.begin()
         data = await asyncio.to_thread(self._prepare, model)
         self._resolve_counts(data["train"])
         self.program = _program(self.config, validates="valid" in data)
@@ -414,8 +418,8 @@ class _Job:
 
     def _muster(self, wanted: Wanted) -> Muster:
         """Where the workers come from."""
-        if self.selection is not None:
-            self.fleet = Fleet(wanted, self.selection, self.reader, self.stop)
+        if self.fleet is not None:
+            self.fleet.want(wanted)
             return self.fleet
         alone = Alone(self._start_worker, wanted.job, wanted.given, self.reader, self.stop)
         if wanted.config.nodes == "local":
