@@ -368,7 +368,7 @@ class Fleet:
 
     def _token_limit(self, node: _Node) -> int | None:
         """Most input positions of a micro-batch that fit into its memory; None when whole batches do."""
-        fitting = fitting_tokens(self._largest(), self._wanted.model, self._wanted.train.longest, node.found)
+        fitting = fitting_tokens(self._largest(), self._ahead.model, self._wanted.train.longest, node.found)
         known = self._limits.get(node.info.id)
         return fitting if known is None else min(known, fitting or known)
 
@@ -380,7 +380,7 @@ class Fleet:
 
     def _largest(self) -> TrainConfig:
         """The options with a batch that is no larger than the data."""
-        config = self._wanted.config
+        config = self._ahead.config
         return dataclasses.replace(config, batch_size=min(config.batch_size, len(self._wanted.train)))
 
     async def _reserve(self) -> None:
@@ -509,7 +509,7 @@ class Fleet:
 
     async def _decide(self) -> None:
         """Measure the links and plan; who is not in the plan is let go."""
-        config = self._wanted.config
+        config = self._ahead.config
         clients = {node.info.id: (node.client, node.info) for node in self._nodes}
         self._links = await measure_links(clients, self._certificates(), LINK_SECONDS)
         candidates = [self._candidate(node) for node in self._nodes]
@@ -554,14 +554,14 @@ class Fleet:
             id=node.info.id,
             name=node.info.name,
             memory_bytes=memory_limit(node.found),
-            needs_bytes=least_bytes(self._largest(), self._wanted.model, self._wanted.train.longest),
+            needs_bytes=least_bytes(self._largest(), self._ahead.model, self._wanted.train.longest),
             token_limit=self._token_limit(node),
             speed=member.pace.now if member is not None and member.pace is not None else node.speed,
         )
 
     def _facts(self) -> JobFacts:
         """What a plan must know of the job."""
-        config, wanted = self._wanted.config, self._wanted
+        config, wanted = self._ahead.config, self._wanted
         last = min(wanted.program.total_steps, STEPS_LOOKED_AT)
         return JobFacts(
             steps=tuple(wanted.steps.lengths(step) for step in range(1, last + 1)),
@@ -636,7 +636,7 @@ class Fleet:
         self._watch_trust()
         away = [seen for seen in self._selection.nodes if seen.id not in {node.info.id for node in self._nodes}]
         self._recruiter = Recruiter(
-            parse_wanted(self._wanted.config.nodes),
+            parse_wanted(self._ahead.config.nodes),
             self._prepare,
             wake,
             taking_part=lambda: {node.info.id for node in self._nodes} | self._ready.keys(),
@@ -674,7 +674,7 @@ class Fleet:
         return [kept for kept in found if kept is not None]
 
     async def _kept_by(self, machine: str, seen: SeenNode) -> Kept | None:
-        run, name = self._wanted.job.job, seen.label or seen.name
+        run, name = self._ahead.job, seen.label or seen.name
         # Who works for us again has seen its old worker out; others may be about to.
         again = machine in {node.info.id for node in (*self._nodes, *self._ready.values())}
         client = NodeClient(seen.address, name, seen.certificate)
@@ -706,7 +706,7 @@ class Fleet:
                 raise NodeError(f"{info.name}: {reason}")
             # Only we are in line, if anybody: what it still does is clearing up our own worker.
             self._check_worth(node)
-            node.link = await client.open_worker(self._wanted.job.job, _owner())
+            node.link = await client.open_worker(self._ahead.job, _owner())
             await self._be_ready_for(node)
             await self._make_ready(node)
         except BaseException:
@@ -742,9 +742,9 @@ class Fleet:
         Raises:
             NotWorth: the model does not fit it.
         """
-        needs = least_bytes(self._largest(), self._wanted.model, self._wanted.train.longest)
+        needs = least_bytes(self._largest(), self._ahead.model, self._wanted.train.longest)
         limit = memory_limit(node.found)
-        if limit is not None and limit < needs and not self._wanted.config.force:
+        if limit is not None and limit < needs and not self._ahead.config.force:
             raise NotWorth(f"{node.info.name} stays out: the model needs {show_size(needs)}, it has {show_size(limit)}")
 
     async def _be_ready_for(self, node: _Node) -> None:
@@ -768,7 +768,7 @@ class Fleet:
         if not present:
             return None
         candidates = [self._candidate(other) for other in (*present, node)]
-        force = self._wanted.config.force_all
+        force = self._ahead.config.force_all
         chosen = plan(candidates, self._facts(), self._links.between(), force_all=force)
         if node.info.id not in {member.candidate.id for member in chosen.members}:
             reason = next((left.reason for left in chosen.left_out if left.id == node.info.id), "not worth it")
@@ -810,7 +810,7 @@ class Fleet:
     def _means(self) -> Means:
         dtype = self.gradient_dtype
         assert dtype != "auto", "there is a plan before there is a group"
-        return Means(self.reduce, self._wanted.config.ring_encryption, dtype)
+        return Means(self.reduce, self._ahead.config.ring_encryption, dtype)
 
     def _certificates(self, *others: _Node) -> dict[str, bytes]:
         """By which the machines are known, those of one home by the same."""

@@ -103,8 +103,8 @@ def test_enough_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reason_never_lacks() -> None:
     async def drop() -> None:
-        wanted = fleet.Wanted(TrainConfig(model="m", min_nodes=9), *[None] * 6)  # type: ignore[arg-type]
-        await fleet.Fleet(wanted, Selection((), (), 1.0), Heard(), asyncio.Event())._drop_problems()
+        ahead: Any = SimpleNamespace(config=TrainConfig(model="m", min_nodes=9))
+        await fleet.Fleet(ahead, Selection((), (), 1.0), Heard(), asyncio.Event())._drop_problems()
 
     with pytest.raises(TandemError, match=r"^0 of --min-nodes 9 machines can take part: no other was found$"):
         asyncio.run(drop())
@@ -140,8 +140,8 @@ def test_who_is_being_prepared_is_told_of_again(
         raise error
 
     async def prepare() -> None:
-        wanted: Any = SimpleNamespace(config=TrainConfig(model="m"), job=SimpleNamespace(job="job"))
-        air = fleet.Fleet(wanted, Selection((), (), 1.0), heard, asyncio.Event())
+        ahead: Any = SimpleNamespace(config=TrainConfig(model="m"), job="job")
+        air = fleet.Fleet(ahead, Selection((), (), 1.0), heard, asyncio.Event())
         for name in ("_check_paired", "_check_worth"):
             monkeypatch.setattr(air, name, lambda *_: None)
         for name in ("_be_ready_for", "_send_model", "_load_on", "_probe_on"):

@@ -131,8 +131,8 @@ def test_gradients_are_rounded_on_a_ring_and_on_streams_and_never_over_rdma() ->
 
 @pytest.mark.parametrize("reduce", ["ring", "grpc"])
 def test_limits_grow_with_what_the_links_have_to_carry(reduce: str) -> None:
-    wanted: Any = SimpleNamespace(config=TrainConfig(reduce=reduce))
-    fleet = Fleet(wanted, Selection((), (), 0.0), Quiet(), asyncio.Event())
+    ahead: Any = SimpleNamespace(config=TrainConfig(reduce=reduce))
+    fleet = Fleet(ahead, Selection((), (), 0.0), Quiet(), asyncio.Event())
     parameters = 1 << 29
     ready: Any = SimpleNamespace(trainable_parameters=parameters)
     own = {"a": True, "b": False}
@@ -151,8 +151,8 @@ def test_limits_grow_with_what_the_links_have_to_carry(reduce: str) -> None:
 
 @pytest.mark.parametrize("reduce", ["auto", "ring", "jaccl", "grpc"])
 def test_a_fleet_takes_what_the_option_says_until_it_is_to_use_streams(reduce: str) -> None:
-    wanted: Any = SimpleNamespace(config=TrainConfig(reduce=reduce))
-    fleet = Fleet(wanted, Selection((), (), 0.0), Quiet(), asyncio.Event())
+    ahead: Any = SimpleNamespace(config=TrainConfig(reduce=reduce))
+    fleet = Fleet(ahead, Selection((), (), 0.0), Quiet(), asyncio.Event())
     nodes: Any = [
         SimpleNamespace(info=RDMA[name], ready=None, seen=SimpleNamespace(own=False, certificate=CERTIFICATES[name]))
         for name in "ab"

@@ -61,8 +61,8 @@ def three_machines(folder: Path, own: Path) -> tuple[list[Path], list[Any]]:
 
 
 def fleet_of() -> Fleet:
-    wanted: Any = SimpleNamespace(config=TrainConfig())
-    return Fleet(wanted, Selection((), (), 0.0), Quiet(), asyncio.Event())
+    ahead: Any = SimpleNamespace(config=TrainConfig())
+    return Fleet(ahead, Selection((), (), 0.0), Quiet(), asyncio.Event())
 
 
 def test_all_know_all_also_those_that_are_prepared_at_the_same_time(tmp_path: Path, tandem_home: Path) -> None:
