@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +109,40 @@ def test_a_reason_never_lacks() -> None:
 
     with pytest.raises(TandemError, match=r"^0 of --min-nodes 9 machines can take part: no other was found$"):
         asyncio.run(drop())
+
+
+def test_machines_come_together_before_the_data_is_read(monkeypatch: pytest.MonkeyPatch, tandem_home: Path) -> None:
+    done: list[str] = []
+
+    async def begin_and_close() -> None:
+        ahead: Any = SimpleNamespace(config=TrainConfig(model="m"), job="job")
+        air = fleet.Fleet(ahead, Selection((), (), 1.0), Heard(), asyncio.Event())
+        reached, left = asyncio.Event(), asyncio.Event()
+
+        def noting(name: str) -> Callable[..., Awaitable[None]]:
+            async def note(*_: object) -> None:
+                done.append(name)
+
+            return note
+
+        async def hang() -> None:
+            reached.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                left.set()
+
+        for name in ("_meet", "_check_memory", "_reserve"):
+            monkeypatch.setattr(air, name, noting(name))
+        monkeypatch.setattr(air, "_bring_the_model", hang)
+        air.begin()
+        await reached.wait()
+        # The data turns out to be broken.
+        await air.close()
+        assert left.is_set()
+
+    asyncio.run(asyncio.wait_for(begin_and_close(), 30))
+    assert done == ["_meet", "_check_memory", "_reserve"]
 
 
 @pytest.mark.parametrize(
