@@ -24,6 +24,9 @@ def main() -> int:
 
     import mlx.core as mx
 
+    from node.worker.imports import import_mlx_lm
+
+    import_mlx_lm()
     from node.worker.loop import Worker
 
     if mx.default_device().type == mx.cpu:

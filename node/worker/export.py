@@ -25,6 +25,7 @@ from node.manifest import tokenizer_needs_own_code
 from node.spec import Fuse, ModelSpec
 from node.worker import tuning
 from node.worker.gguf import check_supported, write_gguf
+from node.worker.imports import with_tokenizers
 from node.worker.modelfile import modelfile
 from node.worker.peft import check_peft, write_peft
 
@@ -181,6 +182,7 @@ def _write_gguf(path: Path, spec: ModelSpec, request: Fuse, progress: Progress) 
 def _tokenizer(spec: ModelSpec, config: dict[str, Any]) -> Any:
     extra = {"trust_remote_code": spec.trust_remote_code}
     try:
+        with_tokenizers()
         return load_tokenizer(Path(spec.path), extra, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # tokenizer code of any origin may raise anything
         if not spec.trust_remote_code and "trust_remote_code" in str(error):
