@@ -1,4 +1,4 @@
-"""``mlx_lm`` without ``transformers``, which it imports for tokenizers: two thirds of the seconds that a worker starts for.
+"""``mlx_lm`` without ``transformers``, which it imports for tokenizers: two thirds of a worker's start.
 
 A worker is given tokens. Only a GGUF file's vocabulary needs a tokenizer, and then ``with_tokenizers`` brings it.
 """
@@ -42,9 +42,8 @@ def import_mlx_lm() -> None:
 
 def with_tokenizers() -> None:
     """Have ``mlx_lm`` load tokenizers."""
-    from mlx_lm import tokenizer_utils
-
     import transformers
+    from mlx_lm import tokenizer_utils
 
     if tokenizer_utils.AutoTokenizer is not transformers.AutoTokenizer:
         importlib.reload(tokenizer_utils)
