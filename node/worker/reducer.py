@@ -126,7 +126,15 @@ class ReducerAdder:
         try:
             self._connection.sendall(json.dumps(command).encode() + b"\n")
         except OSError as error:
-            raise ReductionFailed("the reducer is gone") from error
+            raise ReductionFailed(self._last_words()) from error
+
+    def _last_words(self) -> str:
+        """Why a reducer that takes no more commands has ended."""
+        with contextlib.suppress(OSError):
+            while data := self._connection.recv(4096):
+                self._pending += data
+        said = [json.loads(line) for line in self._pending.split(b"\n")[:-1]]
+        return next((str(answer["error"]) for answer in said if "error" in answer), "the reducer is gone")
 
     def _hear(self, answer: str, limit: Limit) -> None:
         said = json.loads(self._line(limit))

@@ -23,7 +23,7 @@ from node.events import Event, Synchronised
 from node.info import GradientDtype
 from node.spec import RingSpec, Share
 from node.worker.adder import Adder, Floats, Limit, ReductionFailed, Rounding
-from node.worker.trainer import Arrays, Published, Trainer
+from node.worker.trainer import Arrays, Published, Trainer, to_ask_for
 
 BUCKET_FLOATS = 64 << 20
 # Counts go as two numbers below this and their multiples: fp32 holds whole numbers up to 2**24 exactly.
@@ -101,15 +101,17 @@ class Ring:
         runs = _runs(
             {name: gradient.size for name, gradient in gradients.items()}, len(self._adder.numbers) - len(head)
         )
+        first = [gradients[name] for name in runs[0]]
+        mx.async_eval(loss, *to_ask_for(first))  # type: ignore[no-untyped-call]
+        del first
         if self._share.check:
-            first = LOSS_AND_COUNT + DIGEST_WORDS * spec.rank
-            head[first : first + DIGEST_WORDS] = _words(_state_digest(self._trainer.published()))
-        # On a GPU, all of it is under way before any of it is waited for.
-        mx.async_eval(loss, *gradients.values())  # type: ignore[no-untyped-call]
-        head[:LOSS_AND_COUNT] = (loss.item(), tokens // COUNT_BASE, tokens % COUNT_BASE)
+            mine = LOSS_AND_COUNT + DIGEST_WORDS * spec.rank
+            head[mine : mine + DIGEST_WORDS] = _words(_state_digest(self._trainer.published()))
+        head[1:LOSS_AND_COUNT] = (tokens // COUNT_BASE, tokens % COUNT_BASE)
         if len(runs) > 1:
-            sums = _Reader(self._sum_meanwhile(head, gradients, runs, exact, computed))
+            sums = _Reader(iter([self._sum_meanwhile(head, loss, gradients, runs, exact, computed)]))
         else:
+            head[0] = loss.item()
             mx.eval(gradients)
             computed()
             sums = _Reader(self._sum(_numbers(head, gradients), self._limit(), exact))
@@ -138,27 +140,40 @@ class Ring:
     def _sum_meanwhile(
         self,
         head: Floats,
+        loss: mx.array,
         gradients: Arrays,
-        runs: list[list[str]],
+        names: list[list[str]],
         exact: int | None,
         computed: Callable[[], None],
-    ) -> Iterator[Floats]:
-        """The sums of all numbers, each run of them begun as soon as it is computed."""
-        begun = place = 0
-        for run in runs:
-            for piece in _numbers(head if run is runs[0] else None, {name: gradients.pop(name) for name in run}):
+    ) -> Floats:
+        """The sums of all numbers, each run of them begun as soon as it is computed; the first run is under way."""
+        runs = [[gradients.pop(name).astype(mx.float32).reshape(-1) for name in run] for run in names]
+        # A GPU has the next run to compute while this one is handed over. On the CPU nothing is gained by that, and MLX
+        # lets nobody go on who has asked for more than a little.
+        ahead = 1 if mx.default_device().type == mx.gpu else 0
+        asked, place = 0, 0
+        for index, run in enumerate(runs):
+            for later in runs[asked : index + ahead + 1]:
+                mx.async_eval(*to_ask_for(later))  # type: ignore[no-untyped-call]
+            asked = index + ahead + 1
+            first = place
+            if index == 0:
+                head[0] = loss.item()
+                self._adder.numbers[: len(head)] = head
+                place = len(head)
+            while run:
+                piece = np.asarray(run.pop(0))
                 self._adder.numbers[place : place + len(piece)] = piece
                 place += len(piece)
             rounding = None
             if exact is not None:
-                rounding = Rounding(begun, max(0, exact - begun), self._share.settle)
-            self._adder.begin(begun, place - begun, self._share.step, rounding)
-            begun = place
+                rounding = Rounding(first, max(0, exact - first), self._share.settle)
+            self._adder.begin(first, place - first, self._share.step, rounding)
         computed()
         limit = self._limit()
         for _ in runs:
             self._adder.finish(limit)
-        yield self._adder.numbers[:place]
+        return self._adder.numbers[:place]
 
     def _sum(self, numbers: Iterator[Floats], limit: Limit, exact: int | None = None) -> Iterator[Floats]:
         """Sums over all ranks, bucket after bucket, of the numbers that are given in pieces.

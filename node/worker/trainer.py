@@ -7,7 +7,7 @@ together; then every rank divides by the global number of target tokens, clips, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,9 +45,17 @@ class Reduction(Protocol):
 
 def alone(gradients: Arrays, loss: mx.array, tokens: int, computed: Callable[[], None]) -> tuple[Arrays, float, int]:
     """The reduction of a single rank: nothing to add."""
-    mx.eval(loss, gradients)
+    mx.eval(loss, *to_ask_for(gradients.values()))
     computed()
     return gradients, loss.item(), tokens  # type: ignore[return-value]
+
+
+def to_ask_for(gradients: Iterable[mx.array]) -> list[mx.array]:
+    """Gradients in the order in which MLX is to be asked for them at once: that of the first block first.
+
+    Asked for the other way about, it runs all blocks whose outputs were not kept again before it goes on with any.
+    """
+    return list(gradients)[::-1]
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,7 @@ class Trainer:
         """Seconds to compute a share's gradient; nothing is applied, nothing is kept."""
         started = time.perf_counter()
         gradients, loss, _ = self._accumulate(share, keep=False)
-        mx.eval(loss, gradients)
+        mx.eval(loss, *to_ask_for(gradients.values()))
         return time.perf_counter() - started
 
     def _accumulate(self, share: Share, *, keep: bool = True) -> tuple[Arrays, mx.array, int]:
@@ -209,7 +217,7 @@ class Trainer:
         self._model.train()
         for rows in share.micro_batches:
             if gradients is not None:
-                mx.eval(loss, gradients)
+                mx.eval(loss, *to_ask_for(array for _, array in tree_flatten(gradients)))
             part_loss, part = self._micro_batch(share.step, rows, keep=keep)
             loss = loss + part_loss
             if len(share.micro_batches) > 1:
