@@ -206,6 +206,7 @@ class Fleet:
         self._ahead = ahead
         self._told: Wanted | None = None
         self._coming: asyncio.Task[None] | None = None
+        self._closed = False
         self._selection = selection
         self._reader = reader
         self._stop = stop
@@ -296,14 +297,15 @@ class Fleet:
     async def _come_together(self) -> None:
         """All that needs no data."""
         await self._meet()
-        await self._check_memory(min(SHORT_ROW, self._ahead.config.max_seq_length))
+        config = self._ahead.config
+        await self._check_memory(config, min(SHORT_ROW, config.max_seq_length))
         await self._reserve()
         await self._bring_the_model()
 
     async def _assemble(self) -> Crew:
         assert self._coming is not None, "it has begun"
         await self._coming
-        await self._check_memory(self._wanted.train.longest)
+        await self._check_memory(self._largest(), self._wanted.train.longest)
         await self._load()
         await self._probe()
         await self._decide()
@@ -344,16 +346,17 @@ class Fleet:
         self._daemon, self._giver = daemon, (daemon.address, daemon.info())
         return daemon
 
-    async def _check_memory(self, longest: int) -> None:
+    async def _check_memory(self, config: TrainConfig, longest: int) -> None:
         """Leave out whom the model does not fit, before it is sent and before it is loaded.
 
         Args:
+            config: the options, with the largest batch there may be.
             longest: tokens of the longest row, as far as that is known.
 
         Raises:
             UserError: it fits nobody; the message says what would fit the largest.
         """
-        config, model = self._ahead.config, self._ahead.model
+        model = self._ahead.model
         needs = least_bytes(config, model, longest)
         short = []
         for node in self._nodes:
@@ -412,7 +415,7 @@ class Fleet:
         model, own = self._ahead.model, home()
 
         def advance(done: int, total: int) -> None:
-            if self._stop.is_set():
+            if self._stop.is_set() or self._closed:
                 raise StopRequested
             self._reader.handle(Advanced("reading the model", done, total, in_bytes=True))
 
@@ -869,6 +872,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Let all nodes go, and end what was hosted here."""
+        self._closed = True  # a thread may be reading the model still
         if self._coming is not None:
             self._coming.cancel()
             await asyncio.gather(self._coming, return_exceptions=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -228,29 +229,32 @@ class Reader(Protocol):
 
 
 class Broadcast:
-    """One reader that hands every event to several, in order."""
+    """One reader that hands every event to several, in order, one at a time, whatever thread each comes from."""
 
     def __init__(self, readers: Iterable[Reader] = ()) -> None:
+        self._one_at_a_time = threading.RLock()
         self._readers = list(readers)
         self._notes: list[Noted | FleetFormed] = []
 
     def add(self, reader: Reader) -> None:
         """Hand events to this one too, after what was noted so far."""
-        for note in self._notes:
-            reader.handle(note)
-        self._readers.append(reader)
+        with self._one_at_a_time:
+            for note in self._notes:
+                reader.handle(note)
+            self._readers.append(reader)
 
     def handle(self, event: RunEvent) -> None:
         """See ``Reader``."""
-        if isinstance(event, RunStarted):
-            self._notes = []
-        elif isinstance(event, Noted | FleetFormed) and len(self._notes) < NOTES_KEPT:
-            self._notes.append(event)
-        for reader in list(self._readers):
-            try:
-                reader.handle(event)
-            except OSError:  # its terminal or pipe is gone; the run and the other readers go on
-                self._readers.remove(reader)
+        with self._one_at_a_time:
+            if isinstance(event, RunStarted):
+                self._notes = []
+            elif isinstance(event, Noted | FleetFormed) and len(self._notes) < NOTES_KEPT:
+                self._notes.append(event)
+            for reader in list(self._readers):
+                try:
+                    reader.handle(event)
+                except OSError:  # its terminal or pipe is gone; the run and the other readers go on
+                    self._readers.remove(reader)
 
     def close(self) -> None:
         """See ``Reader``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +144,36 @@ def test_machines_come_together_before_the_data_is_read(monkeypatch: pytest.Monk
 
     asyncio.run(asyncio.wait_for(begin_and_close(), 30))
     assert done == ["_meet", "_check_memory", "_reserve"]
+
+
+def test_a_fleet_that_is_let_go_reads_the_model_no_further(monkeypatch: pytest.MonkeyPatch, tandem_home: Path) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def manifest_of(*given: Any, **_: object) -> None:
+        try:
+            while True:
+                given[4](0, 1)
+                begun.set()
+        finally:
+            ended.set()
+
+    async def begin_and_close() -> None:
+        model: Any = SimpleNamespace(name="m", revision=None, path=tandem_home)
+        ahead = fleet.Ahead(TrainConfig(model="m"), model, "job")
+        air = fleet.Fleet(ahead, Selection((), (), 1.0), Heard(), asyncio.Event())
+
+        async def nothing(*_: object) -> None:
+            pass
+
+        for name in ("_meet", "_check_memory", "_reserve"):
+            monkeypatch.setattr(air, name, nothing)
+        monkeypatch.setattr(fleet, "manifest_of", manifest_of)
+        air.begin()
+        await asyncio.to_thread(begun.wait, 30)
+        await air.close()
+        assert await asyncio.to_thread(ended.wait, 30)
+
+    asyncio.run(begin_and_close())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,6 +170,36 @@ def test_the_fleet_and_its_links_are_written_by_a_recorder_that_comes_later(fold
     assert (entry["kind"], entry["message"], entry["level"]) == ("fleet", "2 machines", "info")
     assert entry["links"] == [dataclasses.asdict(link)]
     assert [(member["name"], member["rows"]) for member in entry["members"]] == [("Studio", 6), ("Air", 2)]
+
+
+def test_readers_hear_one_thing_at_a_time() -> None:
+    """The data is read in one thread while machines come together in another."""
+    inside, go_on = threading.Event(), threading.Event()
+    heard: list[str] = []
+
+    class Slow:
+        def handle(self, event: Any) -> None:
+            heard.append(f"{event.message} begins")
+            if event.message == "first":
+                inside.set()
+                assert go_on.wait(30)
+            heard.append(f"{event.message} ends")
+
+        def close(self) -> None:
+            pass
+
+    broadcast = Broadcast([Slow()])
+    first, second = (
+        threading.Thread(target=broadcast.handle, args=(Noted("n", text),), daemon=True) for text in ("first", "second")
+    )
+    first.start()
+    assert inside.wait(30)
+    second.start()
+    second.join(0.2)  # as long as it takes to be wrong
+    go_on.set()
+    for thread in (first, second):
+        thread.join(30)
+    assert heard == ["first begins", "first ends", "second begins", "second ends"]
 
 
 def test_a_disk_that_cannot_be_written_is_told_once(folder: RunFolder) -> None:

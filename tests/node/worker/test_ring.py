@@ -9,10 +9,12 @@ import asyncio
 import itertools
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +39,9 @@ from node.spec import (
     TrainStep,
     TuningSpec,
 )
-from node.worker.ring import _bits, _from_bits, _Reader, _runs
+from node.worker.adder import Limit, ReductionFailed, Rounding
+from node.worker.reducer import Interrupt, ReducerAdder
+from node.worker.ring import Ring, _bits, _from_bits, _Reader, _runs
 from tests.fixtures.models import tiny_model
 from tests.fixtures.ranks import Ranks, ranks, ring_specs
 from tests.fixtures.training import as_rows, random_batches
@@ -81,7 +85,7 @@ def reducers(group: Ranks, rank: int) -> list[int]:
 
 
 # Whose gradient travels in several runs.
-LARGE = replace(LORA, rank=256)
+LARGE = replace(LORA, rank=256, scale=1.0)
 
 
 def test_a_large_gradient_is_cut_where_equal_parts_end() -> None:
@@ -171,7 +175,8 @@ def test_accumulation_and_empty_shares_change_nothing(dtype: str, tolerance: flo
     assert losses[3] == pytest.approx(losses[1], abs=tolerance)
 
 
-def test_rounded_gradients_change_little_and_no_loss_or_count(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuning", [pytest.param(LORA, id="at once"), pytest.param(LARGE, id="in runs")])
+def test_rounded_gradients_change_little_and_no_loss_or_count(tuning: TuningSpec, model: Path, tmp_path: Path) -> None:
     """SGD without momentum: weights are the sum of all gradients, from which nothing may be missing in the end."""
     steps, sgd = 6, OptimizerSpec(name="sgd", learning_rate=1e-2)
     losses: dict[str, list[float]] = {}
@@ -195,7 +200,7 @@ def test_rounded_gradients_change_little_and_no_loss_or_count(model: Path, tmp_p
         weights[name] = arrays
 
     async def curves(size: int) -> None:
-        async with ranks(size, tmp_path / str(size), model, LORA, sgd) as group:
+        async with ranks(size, tmp_path / str(size), model, tuning, sgd) as group:
             if size == 1:
                 await curve("alone", group, size)
             for backend in BACKENDS if size > 1 else ():
@@ -248,13 +253,20 @@ def test_a_rank_that_differs_is_put_right_before_the_update(model: Path, tmp_pat
     run(work)
 
 
-@pytest.mark.parametrize("dtype", GRADIENT_DTYPES)
+@pytest.mark.parametrize(
+    ("tuning", "dtype"),
+    [
+        pytest.param(LORA, "fp32", id="fp32"),
+        pytest.param(LORA, "bf16", id="bf16"),
+        pytest.param(LARGE, "bf16", id="bf16, in runs"),
+    ],
+)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_rank_fails_the_step_on_all_others_and_they_go_on_without_it(
-    number: signal.Signals, dtype: GradientDtype, model: Path, tmp_path: Path
+    number: signal.Signals, tuning: TuningSpec, dtype: GradientDtype, model: Path, tmp_path: Path
 ) -> None:
     async def work() -> None:
-        async with ranks(3, tmp_path, model, LORA, ADAM) as group:
+        async with ranks(3, tmp_path, model, tuning, ADAM) as group:
             await group.join(ring_specs(3, gradient_dtype=dtype))
             await group.step(1, divided(1, [3, 3, 2]))
             # Frozen or dead before its share comes: the others are in the reduction, and nothing tells them.
@@ -370,6 +382,61 @@ def test_any_array_survives_being_carried_in_floats(dtype: mx.Dtype) -> None:
         back = _from_bits(_bits(array) + 0.0, array)
         assert (back.shape, back.dtype) == (array.shape, array.dtype)
         assert bytes(memoryview(back.reshape(-1).view(mx.uint8))) == data.tobytes()  # type: ignore[arg-type]
+
+
+class Recording:
+    """Adds nothing to what it is given, and remembers what it was asked for.
+
+    Attributes:
+        begun: first number, count and bytes in use above those before, of each sum.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.numbers = np.zeros(count, np.float32)
+        self.begun: list[tuple[int, int, int]] = []
+        self.finished = 0
+        self.before = mx.get_active_memory()
+
+    def begin(self, first: int, count: int, step: int, rounding: Rounding | None = None) -> None:
+        assert (step, rounding) == (3, None)
+        self.begun.append((first, count, mx.get_active_memory() - self.before))
+
+    def finish(self, limit: Limit) -> None:
+        assert limit.left > 0
+        self.finished += 1
+
+
+def test_a_run_is_handed_over_before_the_next_one_is_computed() -> None:
+    size, blocks = 1 << 20, 4
+    adder: Any = Recording(blocks * size + 3)
+    ring = Ring(replace(ring_specs(2)[0], wait_seconds=9.0), adder, None, pytest.fail)  # type: ignore[arg-type]
+    ring.prepare(Share(3, ()))
+    gradients = {f"{block}.a": mx.full((2, size // 2), float(block)) for block in reversed(range(blocks))}
+    computed: list[int] = []
+    sums, loss, tokens = ring(gradients, mx.array(0.5), 5000, lambda: computed.append(adder.finished))
+    assert [begun[:2] for begun in adder.begun] == [
+        (0, size + 3),
+        *((3 + run * size, size) for run in range(1, blocks)),
+    ]
+    assert all(used < 2 * 4 * size for *_, used in adder.begun), "only a run's gradients are there at a time"
+    assert computed == [0], "who waits for others has told that it waits"
+    assert adder.finished == blocks
+    assert (loss, tokens, gradients) == (0.5, 5000, {})
+    assert all(mx.array_equal(total, mx.full((2, size // 2), float(name[0]))) for name, total in sums.items())
+
+
+def test_a_reducer_that_has_ended_has_said_why(tmp_path: Path) -> None:
+    adder = ReducerAdder(9, Interrupt(os.open(os.devnull, os.O_RDONLY), lambda: False), tmp_path / "log")
+    mine, theirs = socket.socketpair()
+    adder._connection.close()
+    adder._connection = mine
+    try:
+        theirs.sendall(b'{"summed": 4}\n{"error": "the link to a peer was lost"}\n')
+        theirs.close()
+        with pytest.raises(ReductionFailed, match=r"^the link to a peer was lost$"):
+            adder.begin(4, 5, 1)
+    finally:
+        adder.kill()
 
 
 def test_runs_of_numbers_are_taken_across_pieces_that_are_used_again() -> None:
