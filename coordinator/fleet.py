@@ -301,6 +301,9 @@ class Fleet:
         await self._check_memory(config, min(SHORT_ROW, config.max_seq_length))
         await self._reserve()
         await self._bring_the_model()
+        # Where this machine takes part, its links would be measured while it is busy with the data.
+        if not any(node.seen.own for node in self._nodes):
+            await self._measure_links()
 
     async def _assemble(self) -> Crew:
         assert self._coming is not None, "it has begun"
@@ -510,11 +513,16 @@ class Fleet:
             samples.append((probed.positions, statistics.fmean(probed.seconds)))
         node.speed = Speed.fitted(samples)
 
-    async def _decide(self) -> None:
-        """Measure the links and plan; who is not in the plan is let go."""
-        config = self._ahead.config
+    async def _measure_links(self) -> None:
         clients = {node.info.id: (node.client, node.info) for node in self._nodes}
         self._links = await measure_links(clients, self._certificates(), LINK_SECONDS)
+
+    async def _decide(self) -> None:
+        """Plan, with the links measured by then; who is not in the plan is let go."""
+        config = self._ahead.config
+        if self._links is None:
+            await self._measure_links()
+        assert self._links is not None
         candidates = [self._candidate(node) for node in self._nodes]
         chosen = plan(
             candidates, self._facts(), self._links.between(), min_nodes=config.min_nodes, force_all=config.force_all

@@ -372,7 +372,7 @@ class Probe:
     Attributes:
         share: rows like those to come; its step keys their randomness only.
         repeats: how often it is timed at least, after one time that is not.
-        seconds: for how long it is timed at least.
+        seconds: for how long it is timed, where the times do not agree sooner.
     """
 
     share: Share

@@ -59,6 +59,7 @@ from node.worker.inbox import Inbox
 from node.worker.limits import bound_memory
 from node.worker.loss import TokenLoss, pad
 from node.worker.optimizer import chooses_own_rate
+from node.worker.probing import timed
 from node.worker.randomness import RowContext
 from node.worker.reducer import Interrupt, ReducerAdder
 from node.worker.ring import Ring, digest
@@ -269,10 +270,8 @@ class Worker:
     def _probe(self, request: Probe) -> None:
         trainer, _ = self._training()
         trainer.time(request.share)
-        seconds: list[float] = []
-        while len(seconds) < request.repeats or sum(seconds) < request.seconds:
-            seconds.append(trainer.time(request.share))
-        self._inbox.send(Probed(tuple(seconds), request.share.positions, mx.get_peak_memory()))
+        seconds = timed(lambda: trainer.time(request.share), request.repeats, request.seconds)
+        self._inbox.send(Probed(seconds, request.share.positions, mx.get_peak_memory()))
 
     def _copy(self, trainer: Trainer, job: JobSpec, *, requested: bool) -> None:
         """Hand the state to the copier; in full fine-tuning wait for it, lest old arrays double the memory."""

@@ -14,6 +14,7 @@ import pytest
 from coordinator import fleet
 from coordinator.config import TrainConfig
 from coordinator.discovery import LeftOut, SeenNode, Selection
+from coordinator.links import Paths
 from coordinator.recruits import NotWorth
 from coordinator.stream import Noted, RunEvent
 from node.errors import NodeError, TandemError, TooFewNodes
@@ -133,9 +134,9 @@ def test_machines_come_together_before_the_data_is_read(monkeypatch: pytest.Monk
             finally:
                 left.set()
 
-        for name in ("_meet", "_check_memory", "_reserve"):
+        for name in ("_meet", "_check_memory", "_reserve", "_bring_the_model"):
             monkeypatch.setattr(air, name, noting(name))
-        monkeypatch.setattr(air, "_bring_the_model", hang)
+        monkeypatch.setattr(air, "_measure_links", hang)
         air.begin()
         await reached.wait()
         # The data turns out to be broken.
@@ -143,7 +144,54 @@ def test_machines_come_together_before_the_data_is_read(monkeypatch: pytest.Monk
         assert left.is_set()
 
     asyncio.run(asyncio.wait_for(begin_and_close(), 30))
-    assert done == ["_meet", "_check_memory", "_reserve"]
+    assert done == ["_meet", "_check_memory", "_reserve", "_bring_the_model"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_links_are_measured_once_and_not_of_a_machine_that_reads_the_data(
+    own: bool, monkeypatch: pytest.MonkeyPatch, tandem_home: Path
+) -> None:
+    done: list[str] = []
+
+    def noting(name: str) -> Callable[..., Awaitable[None]]:
+        async def note(*_: object) -> None:
+            done.append(name)
+
+        return note
+
+    async def measure(*_: object) -> Paths:
+        done.append("links")
+        return Paths({}, {})
+
+    def planned(*_: object, **__: object) -> None:
+        raise TandemError("enough is known")
+
+    async def assemble() -> None:
+        ahead: Any = SimpleNamespace(config=TrainConfig(model="m"), job="job")
+        air = fleet.Fleet(ahead, Selection((), (), 1.0), Heard(), asyncio.Event())
+        wanted: Any = SimpleNamespace(train=SimpleNamespace(longest=9))
+        air.want(wanted)
+        for name in ("_meet", "_reserve", "_bring_the_model", "_check_memory", "_load", "_probe"):
+            monkeypatch.setattr(air, name, noting(name))
+        for name in ("_largest", "_candidate", "_facts"):
+            monkeypatch.setattr(air, name, lambda *_: None)
+        monkeypatch.setattr(fleet, "measure_links", measure)
+        monkeypatch.setattr(fleet, "plan", planned)
+        machines: Any = [SimpleNamespace(seen=seen("mini", own=own), client=None, info=told("mini"), link=None)]
+        air._nodes = machines
+        monkeypatch.setattr(air, "_certificates", dict)
+        air.begin()
+        assert air._coming is not None
+        await air._coming
+        done.append("data")
+        with pytest.raises(TandemError, match="enough is known"):
+            await air.assemble()
+        air._nodes = []
+        await air.close()
+
+    asyncio.run(assemble())
+    assert done.count("links") == 1
+    assert (done.index("links") > done.index("data")) == own
 
 
 def test_a_fleet_that_is_let_go_reads_the_model_no_further(monkeypatch: pytest.MonkeyPatch, tandem_home: Path) -> None:
