@@ -6,10 +6,10 @@ import math
 import statistics
 from collections.abc import Callable
 
-STEADY_TIMES = 4
+STEADY_TIMES = 3
 STEADY_SECONDS = 0.2
 """Before that a processor may not have come up to its speed."""
-STEADY_ERROR = 0.02
+STEADY_ERROR = 0.03
 
 
 def timed(once: Callable[[], float], repeats: int, seconds: float) -> tuple[float, ...]:
