@@ -3,8 +3,10 @@
 ``TANDEM_TEST_FAULTS`` is a list of objects: ``do``; ``step``, or ``"at": "fuse"``; and, for those that take time,
 ``seconds``. Each happens once in the life of the folder ``TANDEM_TEST_FAULTS_DONE``, however many workers come after
 the first. ``{"at": "model", "do": "bend"}`` changes a byte of a model file that arrives in the node's daemon.
-Two are no faults: ``{"do": "pace", "overhead": …, "per_position": …}`` has every share take that long, as on a slower
-machine, and ``{"do": "one run"}`` adds gradients up at once, after all of them are computed.
+Some are no faults: ``{"do": "pace", "overhead": …, "per_position": …}`` has every share take that long, as on a slower
+machine. ``{"do": "device", "seconds": …}`` has it take as long as on a device that leaves the processor free, and whose
+backward pass, half of that time, knows each gradient in its turn. ``{"do": "one run"}`` adds gradients up at once,
+after all of them are computed.
 """
 
 import importlib.abc
@@ -18,8 +20,17 @@ import time
 
 FAULTS = json.loads(os.environ.get("TANDEM_TEST_FAULTS", "[]"))
 DONE = os.environ.get("TANDEM_TEST_FAULTS_DONE", "")
-TRAINER, RING = "node.worker.trainer", "node.worker.ring"
+TRAINER, RING, REDUCER = "node.worker.trainer", "node.worker.ring", "node.worker.reducer"
 EXPORT, STORE = "node.worker.export", "node.store"
+
+
+DEVICE_SECONDS = next((fault["seconds"] for fault in FAULTS if fault["do"] == "device"), 0.0)
+AT_ONCE = any(fault["do"] == "one run" for fault in FAULTS)
+BEGAN = {"share": 0.0}
+
+
+def sleep_until(at):
+    time.sleep(max(0.0, at - time.perf_counter()))
 
 
 def first_time(number):
@@ -91,7 +102,7 @@ def wrap_trainer(trainer):
         return plain(self, share)
 
     def slowed(self, share, **options):
-        began = time.perf_counter()
+        BEGAN["share"] = began = time.perf_counter()
         result = accumulate(self, share, **options)
         trainer.mx.eval(*result[:2])
         for number, fault in enumerate(FAULTS):
@@ -99,10 +110,11 @@ def wrap_trainer(trainer):
                 time.sleep(9 * (time.perf_counter() - began))
             if fault["do"] == "pace" and share.micro_batches:
                 positions = sum(len(rows.lengths) * rows.padded_length for rows in share.micro_batches)
-                ends = began + fault["overhead"] + positions * fault["per_position"]
-                time.sleep(max(0.0, ends - time.perf_counter()))
+                sleep_until(began + fault["overhead"] + positions * fault["per_position"])
             if fault.get("step") == share.step and fault.get("at") == "sum" and first_time(number):
                 happen(fault)
+        if AT_ONCE or options:  # a probe adds nothing up
+            sleep_until(began + DEVICE_SECONDS)
         return result
 
     trainer.Trainer.run = run
@@ -122,11 +134,21 @@ def wrap_store(store):
 
 
 def wrap_ring(ring):
-    if any(fault["do"] == "one run" for fault in FAULTS):
+    if AT_ONCE:
         ring.MOST_RUNS = 1
 
 
-WRAPPED = {TRAINER: wrap_trainer, RING: wrap_ring, EXPORT: wrap_export, STORE: wrap_store}
+def wrap_reducer(reducer):
+    plain = reducer.ReducerAdder.begin
+
+    def begin(self, first, count, step, rounding=None):
+        sleep_until(BEGAN["share"] + DEVICE_SECONDS * (1 + (first + count) / len(self.numbers)) / 2)
+        plain(self, first, count, step, rounding)
+
+    reducer.ReducerAdder.begin = begin
+
+
+WRAPPED = {TRAINER: wrap_trainer, RING: wrap_ring, REDUCER: wrap_reducer, EXPORT: wrap_export, STORE: wrap_store}
 
 
 class Loader(importlib.abc.Loader):
