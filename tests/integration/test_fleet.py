@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -205,6 +206,27 @@ def test_a_busy_node_says_who_has_it_and_can_be_waited_for(inputs: Path, tmp_pat
         code, errors = waiting.wait()
         assert code == 0, errors
         assert describe(anna).busy is None
+
+
+@pytest.mark.parametrize(("ends_by", "code"), [("broken data", 2), ("Ctrl-C", 130)])
+def test_nodes_that_came_while_the_data_was_read_are_let_go_at_once(
+    inputs: Path, tmp_path: Path, ends_by: str, code: int
+) -> None:
+    data = Path(shutil.copytree(inputs / "data", tmp_path / "data"))
+    if ends_by == "broken data":
+        (data / "valid.jsonl").write_text("what is no JSON\n")  # it is read last
+    with serving(tmp_path, "anna") as (anna,):
+        asked = ("--data", str(data), "--nodes", anna.address, "--no-local")
+        run = Run(*arguments(inputs, tmp_path / "adapters", *asked))
+        run.until(lambda event: event.get("task") == "reading the model")
+        if ends_by == "Ctrl-C":
+            run.interrupt()
+        ended, errors = run.wait()
+        assert describe(anna).busy is None
+    assert ended == code, errors
+    assert "measuring the machines" not in {event.get("task") for event in run.events}
+    assert ("valid.jsonl" if ends_by == "broken data" else "nothing was written") in one_line(errors)
+    assert not (tmp_path / "adapters").exists()
 
 
 def test_too_few_nodes_end_with_a_code_of_their_own(inputs: Path, tmp_path: Path) -> None:
