@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -406,7 +407,11 @@ class Recording:
         self.finished += 1
 
 
-def test_a_run_is_handed_over_before_the_next_one_is_computed() -> None:
+@pytest.mark.parametrize(("device", "ahead"), [(mx.cpu, 0), (mx.gpu, 1)], ids=["processor", "as on a GPU"])
+def test_a_run_is_handed_over_before_all_are_computed(
+    device: mx.DeviceType, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=device))
     size, blocks = 1 << 20, 4
     adder: Any = Recording(blocks * size + 3)
     ring = Ring(replace(ring_specs(2)[0], wait_seconds=9.0), adder, None, pytest.fail)  # type: ignore[arg-type]
@@ -418,7 +423,7 @@ def test_a_run_is_handed_over_before_the_next_one_is_computed() -> None:
         (0, size + 3),
         *((3 + run * size, size) for run in range(1, blocks)),
     ]
-    assert all(used < 2 * 4 * size for *_, used in adder.begun), "only a run's gradients are there at a time"
+    assert all(used < (2 + ahead) * 4 * size for *_, used in adder.begun), "no more runs than these are there at a time"
     assert computed == [0], "who waits for others has told that it waits"
     assert adder.finished == blocks
     assert (loss, tokens, gradients) == (0.5, 5000, {})
