@@ -26,6 +26,7 @@ REDUCTIONS = ("auto", "ring", "jaccl", "grpc")
 RING_ENCRYPTIONS = ("auto", "on", "off")
 GRADIENT_DTYPES = ("fp32", "bf16", "auto")
 
+MOST_LOCAL_STEPS = 500
 LARGEST = (1 << 31) - 1  # of whole numbers, as MLX counts
 
 LOCAL_PATHS = ("adapter_path", "resume_adapter_file", "save_path", "export_peft")
@@ -155,6 +156,13 @@ class TrainConfig:
         "As what gradients cross the network: fp32 (the same numbers on any machines), bf16 (half of the bytes; what"
         " rounding keeps back is added to the next step's), auto: bf16 where the plan finds it worth that.",
         choices=GRADIENT_DTYPES,
+    )
+    local_steps: int = option(
+        1,
+        "Steps that each machine trains by itself before the machines' weights are brought together, for slow links"
+        " (DiLoCo); 1 adds up the gradients of every step.",
+        minimum=1,
+        below=MOST_LOCAL_STEPS + 1,
     )
     wait: bool = option(False, "Wait in line for machines that are busy.")
     force: bool = option(False, "Start even when the estimate says that memory will not do.")

@@ -37,7 +37,7 @@ from coordinator.watch import Watch, patience, state_patience
 from node import events
 from node.errors import OutOfMemory, TandemError, UserError, WorkerLost
 from node.listener import SLOWEST_COPY_BYTES_PER_SECOND, STATE_BYTES_PER_PARAMETER
-from node.spec import CopyState, Digest, Evaluate, Generate, Request, Share, TrainStep
+from node.spec import CopyState, Digest, Evaluate, Generate, Request, RoundPart, Share, TrainStep
 
 STEPS_AHEAD = 4
 # So many losses without a new step in between end the run: something is wrong that starting again does not mend.
@@ -185,6 +185,9 @@ class Engine:
         self._rows: dict[int, dict[str, int]] = {}
         self._homes = Homes()
         self._largest: dict[str, int] = {}
+        self._local: dict[int, int] = {}  # in an open round, by member: the last step that it has done
+        self._round_open = False
+        self._round_seconds: dict[str, float] = {}  # of computing, by machine
         self._predicted = 0.0
         self._sum_seconds = SUM_SECONDS
         self._network_seconds = 0.0  # of a sum of the present group, by its links
@@ -350,6 +353,9 @@ class Engine:
         crew = self._crew
         self._ledger, self._watch = Ledger(len(crew)), Watch(len(crew))
         self._rows.clear()
+        self._local.clear()
+        self._round_open = False
+        self._round_seconds.clear()
         self._splits.clear()
         self._shares, self._told_shares = [], []
         self._group_began = self._applied = went.base
@@ -483,9 +489,15 @@ class Engine:
         return (
             bool(self._pending)
             and self._pending[0].kind != "validate"
-            and len(self._in_flight) < STEPS_AHEAD
-            and not self._generations.draining
+            and self._ahead() < STEPS_AHEAD
+            # Who comes or leaves waits for the round's end: in the midst of it nobody has a state for others.
+            and (self._round_open or not self._generations.draining)
         )
+
+    def _ahead(self) -> int:
+        """What was asked for and is not done; of an open round's steps, what somebody has not done."""
+        done = min(self._local.values()) if len(self._local) == len(self._crew) else 0
+        return sum(action.kind != "train" or action.step > done for action in self._in_flight)
 
     async def _save_the_end(self) -> None:
         """Save the last step once more where its checkpoint did not come from the machine that it was asked of."""
@@ -521,11 +533,15 @@ class Engine:
         early = FIRST_SECONDS if step - self._group_began <= UNPREDICTED_STEPS else 0.0
         more = early + _moving_seconds(crew)
         self._predicted = max(seconds)
-        check = step in (self._group_began + 1, self._work.program.total_steps) or step % CHECK_EVERY == 0
+        part = self._round_part(step)
+        self._round_open = part == "open"
+        looked_at = step in (self._group_began + 1, self._work.program.total_steps) or step % CHECK_EVERY == 0
+        check = looked_at if part == "" else part == "close"
         # Who turns out to have another state is given the others' within the sum.
         moving = state_patience(self._network_seconds) if check else 0.0
         sum_limit = patience(max(self._sum_seconds, self._network_seconds), more + moving)
-        self._watch.step(step, [patience(predicted, more) for predicted in seconds], sum_limit, now)
+        summed = sum_limit if part != "open" else None
+        self._watch.step(step, [patience(predicted, more) for predicted in seconds], summed, now)
         self._rows[step] = {}
         for member, share in zip(members, shares, strict=True):
             if row_ids is not None:
@@ -534,12 +550,20 @@ class Engine:
             self._rows[step][member.id] = sum(len(part.ids) for part in share.micro_batches)
             sizes = [len(part.ids) * part.padded_length for part in share.micro_batches]
             self._largest[member.id] = max(sizes, default=self._largest.get(member.id, 0))
-        # Their own limit comes into play only where nobody tells them that it is over.
-        wait = LONGEST_WAIT_SECONDS + patience(self._predicted, more) + sum_limit
+        # Their own limit comes into play only where nobody tells them that it is over. Over a round they drift apart.
+        apart = self._work.program.local_steps if part else 1
+        wait = LONGEST_WAIT_SECONDS + apart * patience(self._predicted, more) + sum_limit
         # What goes on from a checkpoint lacks nothing that rounding kept back.
         settle = self._work.program.saves(step)
         for index, share in enumerate(shares):
-            await crew.send(index, TrainStep(dataclasses.replace(share, check=check, wait_seconds=wait, settle=settle)))
+            told = dataclasses.replace(share, check=check, wait_seconds=wait, settle=settle, round=part)
+            await crew.send(index, TrainStep(told))
+
+    def _round_part(self, step: int) -> RoundPart:
+        program = self._work.program
+        if program.local_steps == 1:
+            return ""
+        return "close" if program.closes_round(step) else "open"
 
     def _lone_limit(self, share: Share, step: int) -> float:
         """How long the only machine may take for a step."""
@@ -563,9 +587,14 @@ class Engine:
         match event:
             case events.StepDone():
                 self._watch.done(index, event.step, time.monotonic())
+                self._local.pop(index, None)
                 applied = self._ledger.report(member.id, event)
                 if applied is not None:
                     self._finished(applied)
+            case events.LocalStepDone(step, seconds, positions):
+                self._watch.done(index, step, time.monotonic())
+                self._local[index] = step
+                member.worked(positions, seconds)  # shares follow in the midst of a round, too
             case events.RingFailed(step, reason):
                 raise GroupBroken(f"{member.name}: {reason} (in step {step})", hang=True)
             case events.Leaving():
@@ -649,8 +678,9 @@ class Engine:
             raise TandemError(f"the worker reported step {done.step} after step {self._applied}")
         self._applied = done.step
         members = {member.id: member for member in self._crew.members}
+        part = self._round_part(done.step) if len(self._rows.get(done.step, {})) > 1 else ""
         for machine, report in applied.reports.items():
-            if machine in members:
+            if machine in members and part != "open":
                 members[machine].worked(report.padded_tokens, report.compute_seconds)
         if done.step <= self.progress.step:
             # Computed again: it stands in the metrics already.
@@ -663,8 +693,9 @@ class Engine:
             return
         loss = done.loss_sum / max(done.tokens, 1)
         # A gradient that is not finite has spoilt the weights already: no checkpoint is taken of them.
-        if not math.isfinite(loss) or not math.isfinite(done.grad_norm):
-            what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient norm became {done.grad_norm}"
+        norm = applied.grad_norm
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient norm became {norm}"
             raise TandemError(
                 f"the {what} at step {done.step}: lower --learning-rate or set --max-grad-norm"
                 + ("; the checkpoints before it are good" if self.saved_step else "")
@@ -684,14 +715,15 @@ class Engine:
             "loss": loss,
             "tokens": done.tokens,
             "learning_rate": done.learning_rate,
-            "grad_norm": done.grad_norm,
+            "grad_norm": norm,
             **metrics_of(reports, rows),
         }
         self._reader.handle(StepFinished(metrics, program.reports(done.step)))
         if len(members) > 1 and whole:
-            self._expect_sums(min(report.wait_seconds for report in reports.values()))
+            if part != "open":
+                self._expect_sums(min(report.wait_seconds for report in reports.values()))
             self._tell_shares([rows.get(member.name, 0) for member in members.values()])
-            self._tell_slow_network(applied)
+            self._tell_slow_network(applied, whole=part != "open")
 
     def _expect_sums(self, seconds: float) -> None:
         """Learn from how long one took: at once when the network has become slow, bit by bit that it is fast again."""
@@ -722,11 +754,20 @@ class Engine:
             self._note("shares", f"shares of the rows now: {', '.join(parts)}", step=self.progress.step)
             self._told_shares = self._shares
 
-    def _tell_slow_network(self, applied: Applied) -> None:
-        """Say once that the network takes too much of a step, and what would help."""
-        reports = applied.reports.values()
-        compute, waits = [report.compute_seconds for report in reports], [report.wait_seconds for report in reports]
-        self._splits.append(network_waits(compute, waits))
+    def _tell_slow_network(self, applied: Applied, *, whole: bool) -> None:
+        """Say once that the network takes too much of a step, or of a round, and what would help.
+
+        Args:
+            applied: a step.
+            whole: whether it ends what is summed at once.
+        """
+        for machine, report in applied.reports.items():
+            self._round_seconds[machine] = self._round_seconds.get(machine, 0.0) + report.compute_seconds
+        if not whole:
+            return
+        computed, self._round_seconds = self._round_seconds, {}
+        waits = [report.wait_seconds for report in applied.reports.values()]
+        self._splits.append(network_waits([computed[machine] for machine in applied.reports], waits))
         if self._slow_network_told or len(self._splits) < SLOW_NETWORK_STEPS:
             return
         line = says_slow_network(list(self._splits))

@@ -583,6 +583,7 @@ class Fleet:
             streams=self.reduce == "grpc",
             hub=self._hub,
             gradient_dtype=self.gradient_dtype,
+            local_steps=config.local_steps,
         )
 
     @property

@@ -688,4 +688,5 @@ def _program(config: TrainConfig, *, validates: bool) -> Program:
         steps_per_eval=config.steps_per_eval,
         steps_per_report=config.steps_per_report,
         validates=validates,
+        local_steps=config.local_steps,
     )

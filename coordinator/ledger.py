@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,14 @@ class Applied:
 
     @property
     def first(self) -> StepDone:
-        """One report: sums and norms are the same in all of them."""
+        """One report: sums are the same in all of them."""
         return next(iter(self.reports.values()))
+
+    @property
+    def grad_norm(self) -> float:
+        """The largest of any rank: one for all, but in a round of local steps, where each has its own."""
+        norms = [report.grad_norm for report in self.reports.values()]
+        return next((norm for norm in norms if not math.isfinite(norm)), max(norms))
 
 
 def metrics_of(reports: Mapping[str, StepDone], rows: Mapping[str, int]) -> dict[str, Any]:

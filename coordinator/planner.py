@@ -35,6 +35,9 @@ WORTHWHILE_BATCH_GAIN = 1.15
 LARGER_BATCHES = (2, 4, 8, 16)
 SLOW_NETWORK = 0.25
 WORTHWHILE_ROUNDING_GAIN = 1.1
+# From this part of a step on that the network takes, so many local steps are recommended.
+LOCAL_STEPS_NETWORK = 1 / 3
+LOCAL_STEPS = 16
 TIMES = "×"  # noqa: RUF001
 HISTORY_STEPS = 5
 
@@ -75,6 +78,7 @@ class JobFacts:
         streams: whether it goes through the coordinator, and not around a ring.
         hub: id of the machine that the coordinator runs on, or "".
         gradient_dtype: as what gradients are sent; ``auto`` where that is for the plan to say.
+        local_steps: steps that share one reduction.
     """
 
     steps: tuple[Int32, ...]
@@ -86,6 +90,7 @@ class JobFacts:
     streams: bool = False
     hub: str = ""
     gradient_dtype: GradientDtype | Literal["auto"] = "fp32"
+    local_steps: int = 1
 
     @property
     def sent_bytes(self) -> int:
@@ -268,7 +273,11 @@ class _Trial:
         return [by_id[i] for i in best_order(list(by_id), self.links, self.job.sent_bytes)]
 
     def network_seconds(self, order: Sequence[Candidate], sent_bytes: int | None = None) -> float:
-        """Of a reduction in this ring, or over the streams; of so many bytes, the job's unless told."""
+        """A step's part of a reduction in this ring, or over the streams; of so many bytes, the job's unless told."""
+        return self.reduction_seconds(order, sent_bytes) / self.job.local_steps
+
+    def reduction_seconds(self, order: Sequence[Candidate], sent_bytes: int | None = None) -> float:
+        """Of all of a reduction."""
         ids, job = [member.id for member in order], self.job
         size = job.sent_bytes if sent_bytes is None else sent_bytes
         if job.streams:
@@ -349,8 +358,23 @@ class _Trial:
                     f" {_show(result.network_seconds)}: --gradient-dtype bf16, if the numbers need not be those of one"
                     " machine"
                 )
+        yield from self._advice_on_local_steps(result, chosen)
         if slow:
             yield _slow_network(result.network_seconds / result.step_seconds)
+
+    def _advice_on_local_steps(self, result: Plan, chosen: Sequence[Candidate]) -> Iterator[str]:
+        reduction, steps = self.reduction_seconds(chosen), self.job.local_steps
+        if steps > 1 and len(chosen) > 1:
+            yield (
+                f"machines train {steps} steps by themselves at a time: {_show(result.network_seconds)} of network a"
+                f" step instead of {_show(reduction)}; --local-steps 1 gives the numbers of one machine"
+            )
+        elif result.network_seconds > LOCAL_STEPS_NETWORK * result.step_seconds:
+            expected = result.compute_seconds + reduction / LOCAL_STEPS
+            yield (
+                f"--local-steps {LOCAL_STEPS} would make a step {_show(expected)} instead of"
+                f" {_show(result.step_seconds)}, if the numbers need not be those of one machine"
+            )
 
     def _ratio(self, members: Sequence[Candidate], able: Sequence[Candidate], times: int) -> float:
         alone = min(self.compute([member], times) for member in able)

@@ -26,6 +26,7 @@ class Program:
         accumulation: batches in a step; the last step takes what is left.
         save_every, steps_per_eval, steps_per_report: intervals, in batches.
         validates: whether there is anything to validate on.
+        local_steps: most steps of a round in which each machine of a fleet trains by itself; 1: there are no rounds.
     """
 
     total_iters: int
@@ -34,6 +35,7 @@ class Program:
     steps_per_eval: int
     steps_per_report: int
     validates: bool
+    local_steps: int = 1
 
     @property
     def total_steps(self) -> int:
@@ -59,6 +61,15 @@ class Program:
     def saves(self, step: int) -> bool:
         """Whether a checkpoint belongs to this step."""
         return self._falls_in(self.save_every, step)
+
+    def closes_round(self, step: int) -> bool:
+        """Whether the machines' weights are brought together after this step.
+
+        They are wherever all of them must have the same: for a validation, a checkpoint, at the end. Which steps these
+        are does not depend on the machines, nor on where a run was resumed.
+        """
+        validates = self.validates and self._falls_in(self.steps_per_eval, step)
+        return step % self.local_steps == 0 or self.saves(step) or validates or step == self.total_steps
 
     def actions(self, done: int, validated: int) -> Iterator[Action]:
         """Everything that is left.

@@ -57,6 +57,7 @@ def job_spec(
         copy_every=MOST_REPLAYED_STEPS_FULL if kind == "full" else MOST_REPLAYED_STEPS // 2,
         clear_cache_threshold=cache_threshold,
         reuse_prefix=_reuses_prefix(config, rows_return=rows_return),
+        local_steps=config.local_steps,
     )
 
 

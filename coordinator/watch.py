@@ -80,13 +80,13 @@ class Watch:
         self._members = [_Member() for _ in range(size)]
         self._copies: dict[int, _Copy] = {}
 
-    def step(self, step: int, limits: Sequence[float], sum_limit: float, now: float) -> None:
+    def step(self, step: int, limits: Sequence[float], sum_limit: float | None, now: float) -> None:
         """A step was asked of all.
 
         Args:
             step: its number.
             limits: for each rank's share, from when it comes to it; see ``patience``.
-            sum_limit: for the sum, from when the last one has entered it.
+            sum_limit: for the sum, from when the last one has entered it; None where nothing is summed.
             now: seconds.
         """
         for index, limit in enumerate(limits):

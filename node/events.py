@@ -54,6 +54,20 @@ class ComputeStarted:
 
 
 @dataclass(frozen=True)
+class LocalStepDone:
+    """A step of an open round is applied to this rank's own weights; its ``StepDone`` follows when the round is closed.
+
+    Attributes:
+        step: its number, from 1.
+        compute_seconds, padded_tokens: as in ``StepDone``.
+    """
+
+    step: int
+    compute_seconds: float
+    padded_tokens: int
+
+
+@dataclass(frozen=True)
 class ReduceEntered:
     """This worker's gradient is summed; it now waits for the others'."""
 
@@ -69,7 +83,7 @@ class StepDone:
         loss_sum: sum of the losses over the target tokens of the whole step, before the update.
         tokens: target tokens of the whole step.
         learning_rate: used for this update; Adafactor's own is given before it scales it for each parameter.
-        grad_norm: global norm of the mean gradient, before clipping.
+        grad_norm: global norm of the mean gradient, before clipping; of a step of a round, that of this rank's share.
         seconds: of the whole step; ``compute_seconds`` in forward and backward, ``wait_seconds`` in the reduction.
         peak_memory_bytes: highest since the worker started.
         padded_tokens: input positions computed, padding included.
@@ -286,6 +300,7 @@ WorkerEvent = (
     Ready
     | Restored
     | ComputeStarted
+    | LocalStepDone
     | ReduceEntered
     | StepDone
     | Joined

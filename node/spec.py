@@ -18,6 +18,7 @@ from node.info import Backend, GradientDtype
 
 Int32 = npt.NDArray[np.int32]
 FineTuneType = Literal["lora", "dora", "full"]
+RoundPart = Literal["", "open", "close"]
 
 LONGEST_NAME_BYTES = 200
 """Of a file's name: temporary ones are a little longer."""
@@ -109,6 +110,7 @@ class JobSpec:
         copy_every: steps between copies of the trainable state to disk; each is whole before the next begins.
         clear_cache_threshold: bytes of MLX's cache above which it is cleared between steps; 0 leaves it alone.
         reuse_prefix: whether rows are met again, so that what the frozen blocks make of them is worth keeping.
+        local_steps: most steps of a round (see ``Share``); 1 where there are none.
     """
 
     job: str
@@ -120,6 +122,7 @@ class JobSpec:
     copy_every: int = 10
     clear_cache_threshold: int = 0
     reuse_prefix: bool = False
+    local_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,12 @@ class Share:
         check: whether the ranks compare their states before this step is applied; the same on every rank.
         wait_seconds: longest wait for the other ranks; 0 takes the ring's own limit.
         settle: whether gradients that are rounded on their way are not this time, and what was kept back of earlier
-            ones is added: nothing is owed after it; the same on every rank.
+            ones is added: nothing is owed after it. Where a round ends, the ranks' moments become their average, too.
+            The same on every rank.
+        round: of a step that each rank of a group applies by itself, to its own weights: ``open``, or ``close`` where
+            the average of what the ranks' weights have changed by is applied to all after it. What is between two
+            closing steps is a round; a state is one at the end of a round. "" for steps that are summed, or of a
+            machine alone.
     """
 
     step: int
@@ -194,6 +202,7 @@ class Share:
     check: bool = False
     wait_seconds: float = 0.0
     settle: bool = False
+    round: RoundPart = ""
 
     @property
     def positions(self) -> int:
@@ -278,6 +287,9 @@ class Restore:
 @dataclass(frozen=True)
 class TrainStep:
     """Do one optimizer step. Answered by ``ComputeStarted``, ``ReduceEntered``, ``StepDone`` or ``RingFailed``.
+
+    In an open round ``LocalStepDone`` is all that follows ``ComputeStarted``; ``StepDone`` of all its steps comes when
+    it is closed.
 
     With ``Joined`` the gradients are summed over the group. After ``RingFailed`` nothing is trained, and steps are
     passed over, until the next ``Join`` or ``Leave``.

@@ -161,6 +161,7 @@ class Worker:
         began = time.perf_counter()
         self._job = job
         self._leave()
+        self._steps = deque(maxlen=STEPS_TOLD + 2 * job.local_steps)
         bound_memory()
         Path(job.folder).mkdir(parents=True, exist_ok=True)
         model, config = tuning.load(job.model)
@@ -180,6 +181,7 @@ class Worker:
                 emit=self._inbox.send,
                 clear_cache_threshold=job.clear_cache_threshold,
                 prefix_folder=Path(job.folder) if job.reuse_prefix else None,
+                local_steps=job.local_steps,
             )
             below = self._trainer.prefix
             if below is not None and below.kept is not None:
@@ -217,7 +219,7 @@ class Worker:
             self._ring = None
             self._inbox.send(RingFailed(0, str(error)))
             return
-        trainer.reduce = ring
+        trainer.reduce = trainer.rounds = ring
         self._passing = False
         self._inbox.send(Joined(spec.rank, spec.size, time.perf_counter() - began))
 
@@ -238,7 +240,8 @@ class Worker:
             ring, self._ring = self._ring, None
             ring.kill()
         if self._trainer is not None:
-            self._trainer.reduce = alone
+            self._trainer.abandon_round()
+            self._trainer.reduce, self._trainer.rounds = alone, None
 
     def _kill_reducer(self) -> None:
         if self._ring is not None:
@@ -248,23 +251,25 @@ class Worker:
         trainer, job = self._training()
         if self._passing:
             return
-        if share.step != trainer.step + 1:
+        if share.step != trainer.next_step:
             # Never apply a step to another state than it belongs to, whatever went wrong before.
             self._passing = True
             self._inbox.send(RingFailed(share.step, f"this worker holds the state of step {trainer.step}"))
             return
+        before = trainer.step
         if self._ring is not None:
             self._ring.prepare(share)
         try:
-            done = trainer.run(share)
+            done = trainer.run_local(share) if share.round else (trainer.run(share),)
         except ReductionFailed as error:
             self._leave()
             self._passing = True
             self._inbox.send(RingFailed(share.step, str(error)))
             return
-        self._inbox.send(done)
-        self._steps.append((done.step, wire.encode_event(done, self._inbox.begun)))
-        if job.copy_every > 0 and share.step % job.copy_every == 0:
+        for step in done:
+            self._inbox.send(step)
+            self._steps.append((step.step, wire.encode_event(step, self._inbox.begun)))
+        if job.copy_every > 0 and trainer.step // job.copy_every > before // job.copy_every:
             self._copy(trainer, job, requested=False)
 
     def _probe(self, request: Probe) -> None:

@@ -8,13 +8,16 @@ nothing of the step has been applied.
 
 In a group whose ``gradient_dtype`` is bf16 the gradients, and nothing else, are rounded on their way, and what that
 keeps back is added the next time. A group begins with nothing owed, and a step whose state is to be saved pays all.
+
+Rounds of local steps go the same way, once for all of a round's steps: ``[loss, tokens (two numbers) of each step,
+digests, changes of the weights …]``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +26,7 @@ from node.events import Event, Synchronised
 from node.info import GradientDtype
 from node.spec import RingSpec, Share
 from node.worker.adder import Adder, Floats, Limit, ReductionFailed, Rounding
+from node.worker.rounds import LocalStep, RoundSums
 from node.worker.trainer import Arrays, Published, Trainer, to_ask_for
 
 BUCKET_FLOATS = 64 << 20
@@ -69,7 +73,8 @@ class Ring:
             ReductionFailed: the group did not form.
         """
         state = trainer.published()
-        most = sum(array.size for array in state.parameters.values()) + LOSS_AND_COUNT + DIGEST_WORDS * spec.size
+        most = sum(array.size for array in state.parameters.values())
+        most += LOSS_AND_COUNT * trainer.local_steps + DIGEST_WORDS * spec.size
         adder = make_adder(min(BUCKET_FLOATS, most), most if spec.gradient_dtype == "bf16" else 0)
         ring = cls(spec, adder, trainer, emit)
         started(ring)
@@ -106,7 +111,7 @@ class Ring:
         del first
         if self._share.check:
             mine = LOSS_AND_COUNT + DIGEST_WORDS * spec.rank
-            head[mine : mine + DIGEST_WORDS] = _words(_state_digest(self._trainer.published()))
+            head[mine : mine + DIGEST_WORDS] = _words(_state_digest(self._trainer.shared()))
         head[1:LOSS_AND_COUNT] = (tokens // COUNT_BASE, tokens % COUNT_BASE)
         if len(runs) > 1:
             sums = _Reader(iter([self._sum_meanwhile(head, loss, gradients, runs, exact, computed)]))
@@ -116,14 +121,45 @@ class Ring:
             computed()
             sums = _Reader(self._sum(_numbers(head, gradients), self._limit(), exact))
         head = sums.take(len(head)).copy()
-        summed: Arrays = {}
-        for name, shape in shapes.items():
-            summed[name] = mx.array(sums.take(int(np.prod(shape, dtype=np.int64)))).reshape(shape)
+        summed = sums.arrays(shapes)
         if self._share.check:
-            digests = head[LOSS_AND_COUNT:].reshape(size, DIGEST_WORDS)
-            if (digests != digests[0]).any():
-                self._synchronise(differs=bool((digests[spec.rank] != digests[0]).any()))
+            self._compare(head[LOSS_AND_COUNT:])
         return summed, float(head[0]), int(head[1]) * COUNT_BASE + int(head[2])
+
+    def close_round(self, changes: Arrays, steps: Sequence[LocalStep]) -> RoundSums:
+        """See ``trainer.RoundReduction``.
+
+        Raises:
+            ReductionFailed: there are no sums.
+        """
+        spec, most = self._spec, LOSS_AND_COUNT * self._trainer.local_steps
+        # As long for a short round as for a whole one: where changes are rounded each has its place in all rounds.
+        head = np.zeros(most + DIGEST_WORDS * spec.size, np.float32)
+        for index, step in enumerate(steps):
+            figures = (step.loss, step.tokens // COUNT_BASE, step.tokens % COUNT_BASE)
+            head[LOSS_AND_COUNT * index : LOSS_AND_COUNT * (index + 1)] = figures
+        if self._share.check:
+            first = most + DIGEST_WORDS * spec.rank
+            head[first : first + DIGEST_WORDS] = _words(_state_digest(self._trainer.shared()))
+        shapes = {name: change.shape for name, change in changes.items()}
+        exact = len(head) if spec.gradient_dtype == "bf16" else None
+        sums = _Reader(self._sum(_numbers(head, changes), self._limit(), exact))
+        head = sums.take(len(head)).copy()
+        summed = sums.arrays(shapes)
+        if self._share.check:
+            self._compare(head[most:])
+        figures_of = head[: LOSS_AND_COUNT * len(steps)].reshape(len(steps), LOSS_AND_COUNT).tolist()
+        counts = [int(high) * COUNT_BASE + int(low) for _, high, low in figures_of]
+        return RoundSums(summed, [loss for loss, _, _ in figures_of], counts)
+
+    def sums(self, arrays: Arrays) -> Arrays:
+        """See ``trainer.RoundReduction``; nothing is rounded.
+
+        Raises:
+            ReductionFailed: there are none.
+        """
+        shapes = {name: array.shape for name, array in arrays.items()}
+        return _Reader(self._sum(_numbers(None, arrays), self._limit())).arrays(shapes)
 
     def kill(self) -> None:
         """Leave the group at once, and end what was begun for it. May be called twice."""
@@ -208,9 +244,15 @@ class Ring:
         if filled:
             yield add()
 
+    def _compare(self, words: Floats) -> None:
+        """See from all ranks' digests whether they have the same state, and have them take one if not."""
+        digests = words.reshape(self._spec.size, DIGEST_WORDS)
+        if (digests != digests[0]).any():
+            self._synchronise(differs=bool((digests[self._spec.rank] != digests[0]).any()))
+
     def _synchronise(self, *, differs: bool) -> None:
         """All ranks take rank 0's state; who had another one says so."""
-        mine = self._trainer.published()
+        mine = self._trainer.shared()
         zeros = self._spec.rank != 0
         groups = (dict(sorted(mine.parameters.items())), dict(sorted(mine.moments.items())))
         arrays = [array for group in groups for array in group.values()]
@@ -226,7 +268,7 @@ class Ring:
         names = [list(group) for group in groups]
         parameters = dict(zip(names[0], theirs, strict=False))
         moments = dict(zip(names[1], theirs[len(names[0]) :], strict=True))
-        self._trainer.restore(Published(mine.step, parameters, moments))
+        self._trainer.adopt(Published(mine.step, parameters, moments))
         self._emit(Synchronised(self._share.step, difference))
 
 
@@ -251,6 +293,13 @@ class _Reader:
             whole[done : done + len(part)] = part
             done, self._rest = done + len(part), self._rest[len(part) :]
         return whole
+
+    def arrays(self, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+        """The next arrays of these shapes."""
+        return {
+            name: mx.array(self.take(int(np.prod(shape, dtype=np.int64)))).reshape(shape)
+            for name, shape in shapes.items()
+        }
 
 
 def digest(parameters: Arrays) -> str:

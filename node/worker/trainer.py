@@ -7,7 +7,7 @@ together; then every rank divides by the global number of target tokens, clips, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +17,24 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from node.errors import UserError
-from node.events import ComputeStarted, Event, ReduceEntered, StepDone
+from node.events import ComputeStarted, Event, LocalStepDone, ReduceEntered, StepDone
 from node.spec import OptimizerSpec, Rows, Share
 from node.worker.loss import Batch, TokenLoss, pad
 from node.worker.optimizer import Optimizer, learning_rates
 from node.worker.prefix import Prefix
 from node.worker.randomness import RowContext, row_keys
+from node.worker.rounds import (
+    Arrays,
+    LocalStep,
+    Outer,
+    RoundSums,
+    averaged_moments,
+    inner_and_outer,
+    weighted_changes,
+    weighted_moments,
+)
 
-Arrays = dict[str, mx.array]
+__all__ = ["Arrays", "Compiled", "Published", "Reduction", "RoundReduction", "Trainer", "alone", "to_ask_for"]
 
 
 class Reduction(Protocol):
@@ -41,6 +51,21 @@ class Reduction(Protocol):
         returns belongs to the trainer, which empties it. ``computed`` is to be called once when all is evaluated,
         before other ranks are waited for.
         """
+
+
+class RoundReduction(Protocol):
+    """Adds up what the ranks of a group did in a round of local steps."""
+
+    def close_round(self, changes: Arrays, steps: Sequence[LocalStep]) -> RoundSums:
+        """The sums over all ranks. The mapping that is given is emptied.
+
+        Args:
+            changes: see ``rounds.weighted_changes``.
+            steps: as this rank did them; of the same numbers on every rank.
+        """
+
+    def sums(self, arrays: Arrays) -> Arrays:
+        """Of these arrays over all ranks, as fp32, in the mapping's order; the mapping is emptied."""
 
 
 def alone(gradients: Arrays, loss: mx.array, tokens: int, computed: Callable[[], None]) -> tuple[Arrays, float, int]:
@@ -68,6 +93,24 @@ class Published:
     step: int
     parameters: Arrays
     moments: Arrays = field(default_factory=dict)
+
+
+@dataclass
+class _Round:
+    """Local steps whose round is not closed.
+
+    Attributes:
+        start: the state that it began with.
+        steps: done so far.
+    """
+
+    start: Published
+    steps: list[LocalStep] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens of this rank."""
+        return sum(step.tokens for step in self.steps)
 
 
 class Compiled:
@@ -109,10 +152,13 @@ class Trainer:
         reduce: adds up the ranks; see ``Reduction``.
         clear_cache_threshold: bytes of cached memory above which the cache is cleared after a step; 0 never.
         prefix_folder: where outputs of the frozen blocks are kept for the next epoch; None keeps none.
+        local_steps: most steps of a round; 1 where there are no rounds.
 
     Attributes:
         reduce: may be replaced between two steps, as when the ranks change.
-        step: the last one applied.
+        rounds: adds up rounds of local steps; None for a machine alone.
+        local_steps: as given.
+        step: the last one applied; of a round, when it is closed.
         loss: of the model's rows.
         prefix: the model's frozen blocks, or None.
     """
@@ -128,6 +174,7 @@ class Trainer:
         reduce: Reduction = alone,
         clear_cache_threshold: int = 0,
         prefix_folder: Path | None = None,
+        local_steps: int = 1,
     ) -> None:
         self._model = model
         self._spec = spec
@@ -135,21 +182,66 @@ class Trainer:
         self._context = context
         self._emit = emit
         self.reduce = reduce
+        self.rounds: RoundReduction | None = None
+        self.local_steps = local_steps
         self._clear_cache_threshold = clear_cache_threshold
         self._rate_at = learning_rates(spec)
         self.loss = TokenLoss(model)
         self.prefix = Prefix.find(model, prefix_folder)
         self._parameters: dict[str, Any] = model.trainable_parameters()
         self._optimizer = Optimizer(spec, self._parameters)
+        self._outer = Outer(dict(tree_flatten(self._parameters))) if local_steps > 1 else None
+        self._round: _Round | None = None
         # On the CPU, compiling starts a C++ compiler for each shape and gains next to nothing.
         gradient = mx.value_and_grad(self._loss)
         self._gradient = Compiled(gradient) if mx.default_device().type == mx.gpu else gradient
         self.step = 0
-        mx.eval(self._parameters, self._optimizer.arrays())
+        mx.eval(self._parameters, self._moments())
+
+    @property
+    def next_step(self) -> int:
+        """The only step that may follow."""
+        return (self._round.steps[-1].step if self._round is not None else self.step) + 1
 
     def published(self) -> Published:
-        """The state after the last applied step."""
-        return Published(self.step, dict(tree_flatten(self._parameters)), self._optimizer.arrays())
+        """The state after the last applied step; in a round, the one that it began with."""
+        if self._round is not None:
+            return self._round.start
+        return Published(self.step, dict(tree_flatten(self._parameters)), self._moments())
+
+    def shared(self) -> Published:
+        """What of the state is the same on all ranks: with local steps not the inner rule's moments."""
+        state = self.published()
+        if self._outer is None:
+            return state
+        return Published(state.step, state.parameters, inner_and_outer(state.moments)[1])
+
+    def adopt(self, shared: Published) -> None:
+        """Take what others have in place of what ``shared`` gave; a round goes on, as one that began with it.
+
+        Raises:
+            UserError: as ``restore``.
+        """
+        if self._outer is None:
+            self.restore(shared)
+            return
+        running, steps = self._round, self._round.steps if self._round is not None else []
+        start = self.published()
+        local = self._parameters, self._optimizer.arrays()
+        self.restore(Published(shared.step, shared.parameters, {**inner_and_outer(start.moments)[0], **shared.moments}))
+        if running is not None:
+            self._round = _Round(self.published(), steps)
+            self._parameters = local[0]
+            self._optimizer.restore(local[1])
+
+    def abandon_round(self) -> None:
+        """Go back to where the round began, if there is one."""
+        if self._round is not None:
+            self.restore(self._round.start)
+
+    def _moments(self) -> Arrays:
+        outer = self._outer.arrays() if self._outer is not None else {}
+        return {**self._optimizer.arrays(), **outer}
 
     def restore(self, state: Published) -> None:
         """Go back (or on) to another step's state.
@@ -163,14 +255,20 @@ class Trainer:
         for name, parameter in state.parameters.items():
             if not mx.issubdtype(parameter.dtype, mx.floating):
                 raise UserError(f"the saved weights do not fit: {name} is of type {parameter.dtype}")
-        self._optimizer.restore(state.moments)
+        inner, outer = inner_and_outer(state.moments)
+        self._optimizer.restore(inner)
+        if self._outer is not None:
+            self._outer.restore(outer)
         self._parameters = tree_unflatten(list(state.parameters.items()))
         self._model.update(self._parameters)
         self.step = state.step
-        mx.eval(self._parameters, self._optimizer.arrays())
+        self._round = None
+        mx.eval(self._parameters, self._moments())
 
     def run(self, share: Share) -> StepDone:
         """Apply one step: this rank's share of the global batch, summed with the other ranks'."""
+        if self._outer is not None:
+            self._outer.rest_alone()
         started = computed = time.perf_counter()
 
         def entered() -> None:
@@ -198,6 +296,77 @@ class Trainer:
             wait_seconds=reduced - computed,
             peak_memory_bytes=mx.get_peak_memory(),
             padded_tokens=sum(len(rows.lengths) * rows.padded_length for rows in share.micro_batches),
+        )
+
+    def run_local(self, share: Share) -> tuple[StepDone, ...]:
+        """Apply one step of a round to this rank's own weights; where it is the last, bring the ranks together.
+
+        Returns:
+            All steps of the round when it is closed; nothing before.
+
+        Raises:
+            Whatever ``rounds`` raises; then the state is the one that the round began with.
+        """
+        started = time.perf_counter()
+        if self._round is None:
+            self._round = _Round(self.published())
+        self._emit(ComputeStarted(share.step))
+        gradients, loss, tokens = self._accumulate(share)
+        mx.eval(loss, *to_ask_for(gradients.values()))
+        rate, norm = self._rate_at(share.step), 0.0
+        if tokens:  # without any, the rule would only forget
+            norm = self._apply(gradients, tokens, rate)
+        padded = sum(len(rows.lengths) * rows.padded_length for rows in share.micro_batches)
+        value: float = loss.item()  # type: ignore[assignment]
+        seconds = time.perf_counter() - started
+        self._round.steps.append(LocalStep(share.step, value, tokens, rate, norm, seconds, padded))
+        if 0 < self._clear_cache_threshold < mx.get_cache_memory():
+            mx.clear_cache()
+        if share.round == "open":
+            self._emit(LocalStepDone(share.step, seconds, padded))
+            return ()
+        self._emit(ReduceEntered(share.step))
+        try:
+            return self._close_round(self._round, settle=share.settle)
+        except BaseException:
+            self.abandon_round()
+            raise
+
+    def _close_round(self, closing: _Round, *, settle: bool) -> tuple[StepDone, ...]:
+        """Apply the average change of all ranks; with ``settle`` take the average of their moments, too."""
+        assert self._outer is not None
+        assert self.rounds is not None
+        began, steps, mine = time.perf_counter(), closing.steps, closing.tokens
+        own = dict(tree_flatten(self._parameters))
+        sums = self.rounds.close_round(weighted_changes(closing.start.parameters, own, mine), steps)
+        del own, closing
+        if settle:
+            inner = self._optimizer.arrays()
+            part = mine / max(sum(sums.tokens), 1)
+            self._optimizer.restore(averaged_moments(self.rounds.sums(weighted_moments(inner, part)), inner))
+            del inner
+        waited = time.perf_counter() - began
+        start = self.published()  # the others' where this rank had another one
+        self._parameters = tree_unflatten(list(self._outer.update(start.parameters, sums).items()))
+        del start
+        self._round, self.step = None, steps[-1].step
+        self._model.update(self._parameters)
+        mx.eval(self._parameters, self._moments())
+        rest = time.perf_counter() - began
+        return tuple(
+            StepDone(
+                step=done.step,
+                loss_sum=loss,
+                tokens=tokens,
+                learning_rate=done.learning_rate,
+                grad_norm=done.grad_norm,
+                seconds=done.seconds + (rest if done is steps[-1] else 0.0),
+                compute_seconds=done.seconds,
+                wait_seconds=waited if done is steps[-1] else 0.0,
+                peak_memory_bytes=mx.get_peak_memory(),
+                padded_tokens=done.padded_tokens,
+            )
+            for done, loss, tokens in zip(steps, sums.losses, sums.tokens, strict=True)
         )
 
     def time(self, share: Share) -> float:

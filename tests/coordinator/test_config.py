@@ -79,6 +79,7 @@ DEFAULTS: dict[str, Any] = {
     "reduce": "auto",
     "ring_encryption": "auto",
     "gradient_dtype": "fp32",
+    "local_steps": 1,
     "wait": False,
     "force": False,
     "preset": None,

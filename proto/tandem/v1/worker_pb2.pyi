@@ -154,12 +154,15 @@ class JobSpec(_message.Message):
     COPY_EVERY_FIELD_NUMBER: _builtins.int
     CLEAR_CACHE_THRESHOLD_FIELD_NUMBER: _builtins.int
     REUSE_PREFIX_FIELD_NUMBER: _builtins.int
+    LOCAL_STEPS_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     folder: _builtins.str
     seed: _builtins.int
     copy_every: _builtins.int
     clear_cache_threshold: _builtins.int
     reuse_prefix: _builtins.bool
+    local_steps: _builtins.int
+    """at most so many between two sums; 0 and 1: each is summed"""
     @_builtins.property
     def model(self) -> Global___ModelSpec: ...
     @_builtins.property
@@ -182,10 +185,11 @@ class JobSpec(_message.Message):
         copy_every: _builtins.int = ...,
         clear_cache_threshold: _builtins.int = ...,
         reuse_prefix: _builtins.bool = ...,
+        local_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "optimizer", b"optimizer", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clear_cache_threshold", b"clear_cache_threshold", "copy_every", b"copy_every", "folder", b"folder", "job", b"job", "model", b"model", "optimizer", b"optimizer", "reuse_prefix", b"reuse_prefix", "seed", b"seed", "tuning", b"tuning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clear_cache_threshold", b"clear_cache_threshold", "copy_every", b"copy_every", "folder", b"folder", "job", b"job", "local_steps", b"local_steps", "model", b"model", "optimizer", b"optimizer", "reuse_prefix", b"reuse_prefix", "seed", b"seed", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -306,10 +310,13 @@ class Share(_message.Message):
     CHECK_FIELD_NUMBER: _builtins.int
     WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     SETTLE_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     check: _builtins.bool
     wait_seconds: _builtins.float
     settle: _builtins.bool
+    round: _builtins.str
+    """"", open or close"""
     @_builtins.property
     def micro_batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rows]: ...
     def __init__(
@@ -320,10 +327,11 @@ class Share(_message.Message):
         check: _builtins.bool = ...,
         wait_seconds: _builtins.float = ...,
         settle: _builtins.bool = ...,
+        round: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "micro_batches", b"micro_batches", "settle", b"settle", "step", b"step", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "micro_batches", b"micro_batches", "round", b"round", "settle", b"settle", "step", b"step", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -814,6 +822,31 @@ class ComputeStarted(_message.Message):
 Global___ComputeStarted: _TypeAlias = ComputeStarted  # noqa: Y015
 
 @_typing.final
+class LocalStepDone(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    PADDED_TOKENS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    compute_seconds: _builtins.float
+    padded_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        compute_seconds: _builtins.float = ...,
+        padded_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "padded_tokens", b"padded_tokens", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalStepDone: _TypeAlias = LocalStepDone  # noqa: Y015
+
+@_typing.final
 class ReduceEntered(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1272,6 +1305,7 @@ class Event(_message.Message):
     DIGESTED_FIELD_NUMBER: _builtins.int
     ADDEND_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    LOCAL_STEP_DONE_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     @_builtins.property
     def ready(self) -> Global___Ready: ...
@@ -1313,6 +1347,8 @@ class Event(_message.Message):
     def addend(self) -> Global___Addend: ...
     @_builtins.property
     def leaving(self) -> Global___Leaving: ...
+    @_builtins.property
+    def local_step_done(self) -> Global___LocalStepDone: ...
     def __init__(
         self,
         *,
@@ -1337,12 +1373,13 @@ class Event(_message.Message):
         digested: Global___Digested | None = ...,
         addend: Global___Addend | None = ...,
         leaving: Global___Leaving | None = ...,
+        local_step_done: Global___LocalStepDone | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["addend", b"addend", "body", b"body", "compute_started", b"compute_started", "copied", b"copied", "copy_failed", b"copy_failed", "digested", b"digested", "eval_done", b"eval_done", "failed", b"failed", "fused", b"fused", "heartbeat", b"heartbeat", "joined", b"joined", "leaving", b"leaving", "probed", b"probed", "progress", b"progress", "ready", b"ready", "reduce_entered", b"reduce_entered", "restored", b"restored", "ring_failed", b"ring_failed", "step_done", b"step_done", "synchronised", b"synchronised", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["addend", b"addend", "body", b"body", "compute_started", b"compute_started", "copied", b"copied", "copy_failed", b"copy_failed", "digested", b"digested", "eval_done", b"eval_done", "failed", b"failed", "fused", b"fused", "heartbeat", b"heartbeat", "joined", b"joined", "leaving", b"leaving", "local_step_done", b"local_step_done", "probed", b"probed", "progress", b"progress", "ready", b"ready", "reduce_entered", b"reduce_entered", "restored", b"restored", "ring_failed", b"ring_failed", "step_done", b"step_done", "synchronised", b"synchronised", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addend", b"addend", "body", b"body", "compute_started", b"compute_started", "copied", b"copied", "copy_failed", b"copy_failed", "digested", b"digested", "eval_done", b"eval_done", "failed", b"failed", "fused", b"fused", "generation", b"generation", "heartbeat", b"heartbeat", "joined", b"joined", "leaving", b"leaving", "probed", b"probed", "progress", b"progress", "ready", b"ready", "reduce_entered", b"reduce_entered", "restored", b"restored", "ring_failed", b"ring_failed", "step_done", b"step_done", "synchronised", b"synchronised", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addend", b"addend", "body", b"body", "compute_started", b"compute_started", "copied", b"copied", "copy_failed", b"copy_failed", "digested", b"digested", "eval_done", b"eval_done", "failed", b"failed", "fused", b"fused", "generation", b"generation", "heartbeat", b"heartbeat", "joined", b"joined", "leaving", b"leaving", "local_step_done", b"local_step_done", "probed", b"probed", "progress", b"progress", "ready", b"ready", "reduce_entered", b"reduce_entered", "restored", b"restored", "ring_failed", b"ring_failed", "step_done", b"step_done", "synchronised", b"synchronised", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ready", "restored", "compute_started", "reduce_entered", "step_done", "eval_done", "tokens_generated", "copied", "copy_failed", "fused", "progress", "heartbeat", "failed", "joined", "ring_failed", "synchronised", "probed", "digested", "addend", "leaving"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["ready", "restored", "compute_started", "reduce_entered", "step_done", "eval_done", "tokens_generated", "copied", "copy_failed", "fused", "progress", "heartbeat", "failed", "joined", "ring_failed", "synchronised", "probed", "digested", "addend", "leaving", "local_step_done"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
