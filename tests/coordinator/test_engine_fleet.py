@@ -41,9 +41,11 @@ class FakeRank(FakeWorker):
     fails_to_join: int = 0
     generations: int = 0
     frozen: bool = False
+    local: int = 0  # steps of an open round
 
     async def form_ring(self, part: RingPart) -> None:
         self.parts.append(part)
+        self.local = 0
         if self.fails_to_join:
             self.fails_to_join -= 1
             self.answers.append(events.RingFailed(0, "nobody came"))
@@ -79,8 +81,24 @@ class FakeRank(FakeWorker):
         if isinstance(request, Digest):
             return [events.Digested(self.step, self.digest if request.weights else "")]
         if isinstance(request, Leave):
+            self.local = 0
             return []
+        if isinstance(request, TrainStep) and request.share.round:
+            return self._in_round(request.share)
         return super()._do(request)
+
+    def _in_round(self, share: Share) -> list[Any]:
+        """As a real one: what it holds is a round's end, and all of a round is reported then."""
+        self.local += 1
+        assert share.step == self.step + self.local, "a worker is never asked for a step that it is not at"
+        if share.round == "open":
+            return [events.LocalStepDone(share.step, 0.01, 8)]
+        steps, self.local = self.local, 0
+        answers: list[Any] = []
+        for _ in range(steps):
+            self.step += 1
+            answers.append(self.done())
+        return [*answers, self.copy(requested=False)]
 
 
 class Shares:
@@ -263,6 +281,87 @@ def test_nothing_that_rounding_kept_back_is_missing_in_a_checkpoint(tmp_path: Pa
     for rank in bench.ranks:
         settled = [r.share.step for r in rank.requests if isinstance(r, TrainStep) and r.share.settle]
         assert settled == [5, 10, 12] == bench.saved
+
+
+ROUNDS = {"local_steps": 4}
+ROUND_ENDS = (0, 4, 5, 6, 8, 10, 12)
+
+
+def test_rounds_of_local_steps_end_where_all_must_have_one_state(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, total_iters=24, save_every=10, steps_per_eval=14, **ROUNDS)
+    bench.go()
+    for rank in bench.ranks:
+        shares = [request.share for request in rank.requests if isinstance(request, TrainStep)]
+        assert [share.step for share in shares] == list(range(1, 25))
+        closing = [share.step for share in shares if share.round == "close"]
+        assert closing == [4, 8, 10, 12, 14, 16, 20, 24]
+        assert {share.round for share in shares} == {"open", "close"}
+        assert [share.step for share in shares if share.check] == closing
+        assert [share.step for share in shares if share.settle] == [10, 20, 24] == bench.saved
+    assert [step for step, _ in bench.told.steps] == list(range(1, 25))
+
+
+def test_in_a_round_requests_run_a_few_steps_ahead_of_the_slowest(tmp_path: Path) -> None:
+    ahead: list[int] = []
+    done = dict.fromkeys(NAMES, 0)
+
+    def script(worker: FakeWorker, request: Request) -> bool:
+        if isinstance(request, TrainStep):
+            done[worker.folder.name] = request.share.step - 1  # it begins with it now
+            asked = max(r.share.step for r in worker.requests if isinstance(r, TrainStep))
+            ahead.append(asked - min(done.values()))
+        return True
+
+    bench = Bench(tmp_path, script, total_iters=60, save_every=60, validates=False, local_steps=30)
+    bench.go()
+    # One more than without rounds: that a step is done is heard of after the next has begun.
+    assert module.STEPS_AHEAD <= max(ahead) <= module.STEPS_AHEAD + 1
+
+
+def test_a_single_machine_has_no_rounds(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, size=1, **ROUNDS)
+    bench.go()
+    assert {r.share.round for r in bench.ranks[0].requests if isinstance(r, TrainStep)} == {""}
+    assert bench.told.steps == CURVE
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 7, 12])
+@pytest.mark.parametrize("name", ["ada", "ben"])
+def test_a_round_with_a_loss_is_done_again(name: str, step: int, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, on(name, trains(step), NodeLost(f"{name} is gone")), **ROUNDS)
+    engine = bench.go()
+    assert bench.told.steps == CURVE, "every step stands once"
+    assert [found[0] for found in bench.told.validations] == [0, 6, 12]
+    assert engine.saved_step == 12
+    assert engine.replayed_steps == 0, "what stands in the metrics is a whole round"
+    (note,) = bench.told.notes("restarted")
+    # Sums of these ranks wait for nobody: the others may have gone further.
+    base = int(note.message.partition("went on from step ")[2].split()[0])
+    assert base in [end for end in ROUND_ENDS if end >= max(other for other in ROUND_ENDS if other < step)]
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_who_comes_or_leaves_waits_for_the_rounds_end(step: int, tmp_path: Path) -> None:
+    def script(worker: FakeWorker, request: Request) -> Any:
+        return script_of_one(worker, request)
+
+    script_of_one = on("cleo", trains(step), events.Leaving())
+    bench = Bench(tmp_path, script, **ROUNDS)
+
+    def leaving(worker: FakeWorker, request: Request) -> Any:
+        said = script_of_one(worker, request)
+        if said is not True:
+            worker.answers.append(said)
+        return True
+
+    for rank in bench.ranks:
+        rank.script = leaving
+    bench.go()
+    assert bench.told.steps == CURVE
+    asked = [request.share.step for request in bench.ranks[2].requests if isinstance(request, TrainStep)]
+    assert asked[-1] in ROUND_ENDS, "not before a round's end"
+    (note,) = [note for note in bench.told.notes("generation") if "has left" in note.message]
+    assert note.message.startswith("cleo has left")
 
 
 def test_a_group_that_does_not_form_is_formed_anew(tmp_path: Path) -> None:

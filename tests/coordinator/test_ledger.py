@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -37,6 +38,15 @@ def test_ranks_that_disagree_are_an_error(other: StepDone) -> None:
     ledger.report("ada", done(1))
     with pytest.raises(TandemError, match="disagree about step 1"):
         ledger.report("ben", other)
+
+
+@pytest.mark.parametrize(("other", "told"), [(0.5, 1.0), (2.0, 2.0), (math.nan, math.nan), (math.inf, math.inf)])
+def test_in_a_round_the_largest_norm_is_told(other: float, told: float) -> None:
+    ledger = Ledger(2)
+    ledger.report("ada", done(1))
+    applied = ledger.report("ben", dataclasses.replace(done(1), grad_norm=other))
+    assert applied is not None
+    assert applied.grad_norm == pytest.approx(told, nan_ok=True)
 
 
 def test_a_loss_that_is_no_number_is_the_same_on_all() -> None:

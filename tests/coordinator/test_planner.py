@@ -213,6 +213,26 @@ def test_gradients_are_rounded_where_that_is_worth_it_and_may_be(
     assert all(said.startswith(line) and "--gradient-dtype" in said for said in told)
 
 
+def test_local_steps_are_recommended_where_the_network_takes_a_third() -> None:
+    pair = [machine("Studio"), machine("Air")]
+    slow, middling = linked(pair, Link(0.5e9, 0.001)), linked(pair, Link(2e9, 0.001))
+    result = plan(pair, job(), slow, force_all=True)
+    assert result.network_seconds > result.step_seconds / 3
+    (line,) = [said for said in describe(result) if "--local-steps" in said]
+    rounds = plan(pair, dataclasses.replace(job(), local_steps=16), slow, force_all=True)
+    assert rounds.network_seconds == pytest.approx(result.network_seconds / 16)
+    assert line == (
+        f"--local-steps 16 would make a step {rounds.step_seconds:.2f} s instead of {result.step_seconds:.2f} s,"
+        " if the numbers need not be those of one machine"
+    )
+    (line,) = [said for said in describe(rounds) if "--local-steps" in said]
+    assert line.startswith("machines train 16 steps by themselves at a time: ")
+    assert "a step instead of" in line
+    assert not [said for said in describe(plan(pair, job(), middling, force_all=True)) if "--local-steps" in said]
+    alone = plan(pair[:1], dataclasses.replace(job(), local_steps=16), {})
+    assert not [said for said in describe(alone) if "--local-steps" in said]
+
+
 def test_rounding_may_be_what_makes_a_machine_worth_its_place() -> None:
     pair = [machine("Studio"), machine("Air")]
     links = linked(pair, Link(0.3e9, 0.001))

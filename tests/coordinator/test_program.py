@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +51,16 @@ def test_checkpoints_and_validations_follow_the_steps_that_hold_their_batches(pr
     assert steps(actions, "validate") == ([0, *expected(program.steps_per_eval)] if program.validates else [])
     reported = [step for step in range(1, program.total_steps + 1) if program.reports(step)]
     assert reported == expected(program.steps_per_report)
+
+
+@given(programs, st.integers(1, 9))
+def test_rounds_end_after_so_many_steps_and_where_anything_follows(program: Program, local_steps: int) -> None:
+    rounds = dataclasses.replace(program, local_steps=local_steps)
+    actions = everything(rounds)
+    assert actions == everything(program)
+    follows = {action.step for action in actions if action.kind != "train"} - {0}
+    ends = {step for step in range(1, rounds.total_steps + 1) if rounds.closes_round(step)}
+    assert ends == follows | set(range(local_steps, rounds.total_steps + 1, local_steps)) | {rounds.total_steps}
 
 
 @given(programs)

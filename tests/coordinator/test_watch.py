@@ -39,6 +39,20 @@ def test_steps_that_were_asked_for_have_longer_when_sums_turn_out_to_take_longer
     assert watch.deadline() == 11.0 + deadline - 1.0
 
 
+def test_a_step_without_a_sum_is_nobodys_to_wait_for() -> None:
+    watch = Watch(2)
+    for step, sum_limit in ((1, None), (2, 3.0)):
+        watch.step(step, [5.0, 9.0], sum_limit, 0.0)
+    watch.done(0, 1, 2.0)
+    assert watch.deadline() == 7.0
+    watch.entered(0, 2, 4.0)
+    assert watch.late(9.0) == Late(1, 1, 9.0), "who is still at the first"
+    watch.done(1, 1, 9.0)
+    watch.entered(1, 2, 10.0)
+    watch.sums_may_take(4.0)
+    assert watch.deadline() == 14.0
+
+
 def test_a_single_machine_is_late_with_a_step_however_alive_it_is() -> None:
     watch = Watch(1)
     watch.step(1, [5.0], 5.0, now=0.0)

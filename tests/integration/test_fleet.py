@@ -335,3 +335,36 @@ def test_a_run_for_this_machine_alone_takes_nobody_in(inputs: Path, fleet: dict[
         code, errors = run.wait()
     assert code == 0, errors
     assert {entry["nodes"] for entry in metrics(tmp_path / "adapters") if "loss" in entry} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_machines_train_by_themselves_for_rounds_of_steps(
+    inputs: Path, reference: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    with serving(tmp_path, "anna", "ben", "cleo") as (anna, ben, cleo):
+        first, all_of_them = [",".join(node.address for node in nodes) for nodes in ((anna, ben), (anna, ben, cleo))]
+        run = Run(*arguments(inputs, folder, "--nodes", first, "--no-local", "--local-steps", "4"))
+        run.until_step(15)
+        run.interrupt()
+        code, errors = run.wait()
+        assert code == 130, errors
+        saved = last_step(run)
+        # Rounds end where a checkpoint is due, and what is kept is a round's end.
+        assert saved in (16, 20, 24, 28, 30, 32)
+        more = ("--nodes", all_of_them, "--no-local", "--iters", str(ITERS))
+        resumed = Run("train", "--resume", "--adapter-path", folder, *more)
+        code, errors = resumed.wait()
+    assert code == 0, errors
+    steps = [entry for entry in metrics(folder) if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, ITERS + 1))
+    closing = [entry["step"] for entry in steps if entry["wait_seconds"] > 0]
+    assert closing == [step for step in range(1, ITERS + 1) if step % 4 == 0 or step % 10 == 0]
+    assert {entry["nodes"] for entry in steps if entry["step"] <= saved} == {2}
+    assert {entry["nodes"] for entry in steps if entry["step"] > saved} == {3}
+    assert not notes(folder, "synchronised")
+    assert not notes(folder, "different")
+    # Not the numbers of one machine, but as good ones.
+    assert sum(loss for _, loss in losses(folder)[-10:]) < 1.02 * sum(loss for _, loss in reference[-10:])
+    assert losses(folder) != reference
