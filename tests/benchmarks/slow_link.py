@@ -3,10 +3,14 @@
 Adapters of about 10 MB, and ranks that compute for about as long as those take to cross the link plainly: as fp32, all
 at once, after all of them are computed. A rank waits while it would compute, as where a GPU does that: the network,
 which is made of this machine's processors, has them to itself.
+
+And what rounds of local steps leave, on that link, of the speed that the same ranks have on one which costs next to nothing;
+their last validation loss against that of ranks which add up every gradient.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +32,10 @@ ITERS = WARM_UP + 8
 LORA_RANK = 80
 AT_ONCE, IN_RUNS = "at once", "in runs"
 ROUNDED = ("--gradient-dtype", "bf16")
+# Rounds of steps of more than half a second; the first warms up.
+ROUND, ROUNDS, ROUND_BATCH = 16, 4, 8
+LOCAL = ("--local-steps", str(ROUND), *ROUNDED)
+VALIDATED = ("--val-batches", "-1", "--steps-per-eval", str(ROUND * ROUNDS), "--learning-rate", "2e-4")
 
 
 def run(folder: Path, pairs: int) -> list[Figure]:
@@ -38,9 +46,13 @@ def run(folder: Path, pairs: int) -> list[Figure]:
     """
     if missing := switch_available():
         raise RuntimeError(f"slow-link needs hosts of its own: {missing}")
-    work = workload(folder, 64, (ROW_WORDS, ROW_WORDS), hidden=512)
+    for name in ("steps", "rounds"):
+        (folder / name).mkdir()
+    work = workload(folder / "steps", 64, (ROW_WORDS, ROW_WORDS), hidden=512)
+    learnt = workload(folder / "rounds", 64, (ROW_WORDS, 3 * ROW_WORDS), hidden=512)
     plain: list[dict[str, float]] = []
     steps: dict[str, list[float]] = {"bf16, at once": [], "fp32, in runs": [], "bf16, in runs": []}
+    kept, round_steps, losses = [], [], []
     with ExitStack() as stack:
         switch = Switch()
         connected = stack.enter_context(hosts(RANKS, switch=switch))
@@ -60,6 +72,18 @@ def run(folder: Path, pairs: int) -> list[Figure]:
                 dtype, way = name.split(", ")
                 options = ROUNDED if dtype == "bf16" else ()
                 seconds.append(_step(labs[way], folder / f"{name.replace(' ', '-')}-{pair}", work, options)["seconds"])
+            slow = _rounds(labs[IN_RUNS], folder / f"rounds-{pair}", learnt, LOCAL)
+            switch.conditions()
+            for host in connected:
+                host.shape(None)
+            fast = _rounds(labs[IN_RUNS], folder / f"rounds-without-{pair}", learnt, LOCAL)
+            exact = _rounds(labs[IN_RUNS], folder / f"steps-without-{pair}", learnt)
+            switch.conditions(delay_seconds=DELAY_SECONDS)
+            for host in connected:
+                host.shape(MBIT)
+            kept.append(fast[0] / slow[0])
+            round_steps.append(slow[0])
+            losses.append(slow[1] / exact[1])
     goals = {"bf16, in runs": 1.6}
     return [
         Figure("fp32, at once: step", "s", tuple(step["seconds"] for step in plain)),
@@ -73,6 +97,9 @@ def run(folder: Path, pairs: int) -> list[Figure]:
             )
             for name, seconds in steps.items()
         ),
+        Figure(f"{ROUND} local steps: of the speed without a network", "x", tuple(kept), at_least=0.95),
+        Figure("their step", "s", tuple(round_steps)),
+        Figure("their last validation loss / that of summed gradients", "x", tuple(losses), below=1.02),
     ]
 
 
@@ -83,3 +110,13 @@ def _step(lab: Lab, folder: Path, work: Workload, options: tuple[str, ...] = ())
     lab.train(work, folder, batch=BATCH, iters=ITERS, ranks=RANKS, options=more, follow=steps.append)
     names = ("seconds", "compute_seconds", "wait_seconds")
     return {name: statistics.median(step[name] for step in steps[WARM_UP:]) for name in names}
+
+
+def _rounds(lab: Lab, folder: Path, work: Workload, options: tuple[str, ...] = ()) -> tuple[float, float]:
+    """Seconds of a step, and the last validation loss."""
+    more = ("--lora-rank", str(LORA_RANK), *VALIDATED, *options)
+    done = lab.train(work, folder, batch=ROUND_BATCH, iters=ROUND * ROUNDS, ranks=RANKS, options=more)
+    # A round's steps are told at its end.
+    seconds = (done[-1].at - done[ROUND - 1].at) / (len(done) - ROUND)
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return seconds, [entry["val_loss"] for entry in entries if "val_loss" in entry][-1]

@@ -21,7 +21,7 @@ from tests.faults.harness import (
     make_inputs,
     run_through,
 )
-from tests.fixtures.runs import Run
+from tests.fixtures.runs import Run, losses
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -56,6 +56,35 @@ def test_one_of_three_is_lost(inputs: Inputs, tmp_path: Path, fault: Fault) -> N
     assert outcome.repairs, "it is told"
     assert "ben" in outcome.repairs[0]["message"]
     assert {3, 2} <= set(outcome.nodes()), "the others went on without it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"step": 21, "do": "kill worker"},
+        {"step": 24, "do": "freeze host", "at": "sum"},
+        {"step": 21, "do": "leave"},
+    ],
+    ids=lambda fault: fault["do"],
+)
+def test_a_round_of_local_steps_in_which_one_is_lost_is_done_again(
+    inputs: Inputs, tmp_path: Path, fault: Fault
+) -> None:
+    faults = {"anna": [], "ben": [fault], "cleo": []}
+    outcome = run_through(inputs, tmp_path, faults, "--local-steps", "8", iters=40)
+    assert outcome.code == 0, outcome.errors
+    found = losses(outcome.folder)
+    assert [step for step, _ in found] == list(range(1, 41)), "every step stands once"
+    # Other numbers than one machine's, and as good ones.
+    expected = [loss for _, loss in inputs.losses[:40]]
+    assert sum(loss for _, loss in found[-8:]) < 1.02 * sum(expected[-8:])
+    assert outcome.replayed == 0, "no step that stands in the metrics"
+    whole = outcome.nodes().index(2)
+    assert whole in ((16, 24) if fault["do"] != "leave" else (24,)), "rounds are of one group"
+    assert bool(outcome.repairs) == (fault["do"] != "leave")
+    digests = {"ended with the same weights" in value for _, value in outcome.events[-1]["summary"] if "rows" in value}
+    assert digests == {True}
 
 
 @pytest.mark.slow

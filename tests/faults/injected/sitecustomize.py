@@ -92,14 +92,21 @@ def wrap_export(export):
 
 
 def wrap_trainer(trainer):
-    plain = trainer.Trainer.run
+    plain, local = trainer.Trainer.run, trainer.Trainer.run_local
     accumulate = trainer.Trainer._accumulate
 
-    def run(self, share):
+    def begin(share):
         for number, fault in enumerate(FAULTS):
             if fault.get("step") == share.step and fault.get("at", "compute") == "compute" and first_time(number):
                 happen(fault)
+
+    def run(self, share):
+        begin(share)
         return plain(self, share)
+
+    def run_local(self, share):
+        begin(share)
+        return local(self, share)
 
     def slowed(self, share, **options):
         BEGAN["share"] = began = time.perf_counter()
@@ -117,7 +124,7 @@ def wrap_trainer(trainer):
             sleep_until(began + DEVICE_SECONDS)
         return result
 
-    trainer.Trainer.run = run
+    trainer.Trainer.run, trainer.Trainer.run_local = run, run_local
     trainer.Trainer._accumulate = slowed
 
 
