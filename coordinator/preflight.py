@@ -51,6 +51,8 @@ def estimate_options(
         max_seq_length=min(longest or config.max_seq_length, config.max_seq_length),
         optimizer=config.optimizer,
         grad_checkpoint=config.grad_checkpoint,
+        rounded=config.gradient_dtype != "fp32",
+        rounds=config.local_steps > 1,
         micro_batch_rows=min(rows_at_once or config.batch_size, config.batch_size),
     )
 

@@ -61,6 +61,8 @@ class EstimateOptions:
         bits: as if the base were quantized to so many; None takes it as it is.
         micro_batch_rows: most rows computed at once; None as many as are worth it.
         gpu: whether a GPU computes it, whose loss takes more positions at a time.
+        rounded: whether gradients are rounded on their way to other machines, and what that keeps back is owed.
+        rounds: whether machines train by themselves for rounds of steps.
     """
 
     fine_tune_type: FineTuneType = "lora"
@@ -74,6 +76,8 @@ class EstimateOptions:
     bits: int | None = None
     micro_batch_rows: int | None = None
     gpu: bool = True
+    rounded: bool = False
+    rounds: bool = False
 
     @property
     def rows_at_once(self) -> int:
@@ -90,7 +94,7 @@ class Estimate:
     Attributes:
         weights_bytes: the model.
         trainable_bytes: adapters; 0 for full fine-tuning, which trains the weights themselves.
-        optimizer_bytes: moments.
+        optimizer_bytes: moments; with other machines also what rounding keeps back, and what a round needs.
         gradient_bytes: gradients of what is trained.
         activation_bytes: kept for the backward pass, and the temporaries of one block.
         logits_bytes: what the loss holds beyond those temporaries.
@@ -195,6 +199,13 @@ class _Step:
         return self.trained_bytes * _MOMENTS.get(self.options.optimizer, 2)
 
     @property
+    def between_machines_bytes(self) -> int:
+        """Kept for other machines: what is owed to them, and a round's momentum and the state that it began with."""
+        numbers = self.trainable_parameters * FP32_BYTES
+        began = self.trained_bytes + self.optimizer_bytes
+        return self.options.rounded * numbers + self.options.rounds * (numbers + began)
+
+    @property
     def gradient_bytes(self) -> int:
         """One gradient, or a sum in fp32 and one part of it where a batch is computed in parts."""
         if self.options.rows_at_once < self.options.batch_size:
@@ -266,6 +277,7 @@ class _Step:
         old_state = 0 if full else trained + moments
         update = trained + UPDATE_IN_FLIGHT * self.largest_trained_bytes + old_state
         copies = max(0, update - gradients - activations - beyond)
+        moments += self.between_machines_bytes
         state = self.weights.total_bytes + (0 if full else trained) + moments
         device = state + gradients + activations + beyond + copies
         return Estimate(
