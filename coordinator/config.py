@@ -15,6 +15,7 @@ from typing import Any
 
 from coordinator.update_rule import ARGUMENTS, check_arguments, check_schedule
 from node.errors import UserError
+from node.spec import MOST_LOCAL_STEPS
 
 OPTIMIZERS = tuple(ARGUMENTS)
 FINE_TUNE_TYPES = ("lora", "dora", "full")
@@ -26,7 +27,6 @@ REDUCTIONS = ("auto", "ring", "jaccl", "grpc")
 RING_ENCRYPTIONS = ("auto", "on", "off")
 GRADIENT_DTYPES = ("fp32", "bf16", "auto")
 
-MOST_LOCAL_STEPS = 500
 LARGEST = (1 << 31) - 1  # of whole numbers, as MLX counts
 
 LOCAL_PATHS = ("adapter_path", "resume_adapter_file", "save_path", "export_peft")

@@ -187,6 +187,8 @@ class Engine:
         self._largest: dict[str, int] = {}
         self._local: dict[int, int] = {}  # in an open round, by member: the last step that it has done
         self._round_open = False
+        self._parts: dict[int, RoundPart] = {}  # by step that several were asked for
+        self._summed: int | None = None  # the last step that a sum of this group was asked for
         self._round_seconds: dict[str, float] = {}  # of computing, by machine
         self._predicted = 0.0
         self._sum_seconds = SUM_SECONDS
@@ -355,6 +357,8 @@ class Engine:
         self._rows.clear()
         self._local.clear()
         self._round_open = False
+        self._parts.clear()
+        self._summed = None
         self._round_seconds.clear()
         self._splits.clear()
         self._shares, self._told_shares = [], []
@@ -490,7 +494,7 @@ class Engine:
             bool(self._pending)
             and self._pending[0].kind != "validate"
             and self._ahead() < STEPS_AHEAD
-            # Who comes or leaves waits for the round's end: in the midst of it nobody has a state for others.
+            # Who comes or leaves waits for a round's end: in the midst of it nobody has a state for others.
             and (self._round_open or not self._generations.draining)
         )
 
@@ -533,12 +537,12 @@ class Engine:
         early = FIRST_SECONDS if step - self._group_began <= UNPREDICTED_STEPS else 0.0
         more = early + _moving_seconds(crew)
         self._predicted = max(seconds)
-        part = self._round_part(step)
+        part = self._parts[step] = self._round_part(step)
         self._round_open = part == "open"
-        looked_at = step in (self._group_began + 1, self._work.program.total_steps) or step % CHECK_EVERY == 0
-        check = looked_at if part == "" else part == "close"
+        check = self._compares(step)
+        settle = self._work.program.saves(step)
         # Who turns out to have another state is given the others' within the sum.
-        moving = state_patience(self._network_seconds) if check else 0.0
+        moving = state_patience(self._network_seconds) if check or (part and settle) else 0.0
         sum_limit = patience(max(self._sum_seconds, self._network_seconds), more + moving)
         summed = sum_limit if part != "open" else None
         self._watch.step(step, [patience(predicted, more) for predicted in seconds], summed, now)
@@ -553,8 +557,7 @@ class Engine:
         # Their own limit comes into play only where nobody tells them that it is over. Over a round they drift apart.
         apart = self._work.program.local_steps if part else 1
         wait = LONGEST_WAIT_SECONDS + apart * patience(self._predicted, more) + sum_limit
-        # What goes on from a checkpoint lacks nothing that rounding kept back.
-        settle = self._work.program.saves(step)
+        # What goes on from a checkpoint lacks nothing that rounding kept back, nor what ranks have for themselves.
         for index, share in enumerate(shares):
             told = dataclasses.replace(share, check=check, wait_seconds=wait, settle=settle, round=part)
             await crew.send(index, TrainStep(told))
@@ -563,7 +566,16 @@ class Engine:
         program = self._work.program
         if program.local_steps == 1:
             return ""
-        return "close" if program.closes_round(step) else "open"
+        # Who comes or leaves does not wait for the rest of a round.
+        return "close" if program.closes_round(step) or self._generations.draining else "open"
+
+    def _compares(self, step: int) -> bool:
+        """Whether the ranks' states are compared at this step: where a group begins, at the end, and now and then."""
+        if self._parts[step] == "open":
+            return False
+        before, self._summed = self._summed, step
+        first = before is None
+        return first or step == self._work.program.total_steps or step // CHECK_EVERY > (before or 0) // CHECK_EVERY
 
     def _lone_limit(self, share: Share, step: int) -> float:
         """How long the only machine may take for a step."""
@@ -611,12 +623,20 @@ class Engine:
                 self._watch.copied(index)
                 if self._arrived("checkpoint", event.step):
                     await self._save(index, event)
+                else:
+                    self._take_no_state()
             case events.CopyFailed():
                 if event.requested:
                     self._watch.copied(index)
                     self._arrived("checkpoint", event.step)
                     self._save_lost = True
                 self._cannot_save(member, event)
+
+    def _take_no_state(self) -> None:
+        """A state of another step came than was asked for: as good as none."""
+        left = [action for action in self._in_flight if action.kind != "checkpoint"]
+        self._save_lost |= len(left) < len(self._in_flight)
+        self._in_flight = left
 
     def _cannot_save(self, member: Member, failed: events.CopyFailed) -> None:
         """Say so once, until it can again: copies are made every few steps."""
@@ -678,7 +698,7 @@ class Engine:
             raise TandemError(f"the worker reported step {done.step} after step {self._applied}")
         self._applied = done.step
         members = {member.id: member for member in self._crew.members}
-        part = self._round_part(done.step) if len(self._rows.get(done.step, {})) > 1 else ""
+        part = self._parts.pop(done.step, "")
         for machine, report in applied.reports.items():
             if machine in members and part != "open":
                 members[machine].worked(report.padded_tokens, report.compute_seconds)
@@ -720,10 +740,11 @@ class Engine:
         }
         self._reader.handle(StepFinished(metrics, program.reports(done.step)))
         if len(members) > 1 and whole:
-            if part != "open":
+            settled = part == "close" and program.saves(done.step)  # a sum of much more than a change of weights
+            if part != "open" and not settled:
                 self._expect_sums(min(report.wait_seconds for report in reports.values()))
             self._tell_shares([rows.get(member.name, 0) for member in members.values()])
-            self._tell_slow_network(applied, whole=part != "open")
+            self._tell_slow_network(applied, whole=part != "open", settled=settled)
 
     def _expect_sums(self, seconds: float) -> None:
         """Learn from how long one took: at once when the network has become slow, bit by bit that it is fast again."""
@@ -754,18 +775,21 @@ class Engine:
             self._note("shares", f"shares of the rows now: {', '.join(parts)}", step=self.progress.step)
             self._told_shares = self._shares
 
-    def _tell_slow_network(self, applied: Applied, *, whole: bool) -> None:
+    def _tell_slow_network(self, applied: Applied, *, whole: bool, settled: bool) -> None:
         """Say once that the network takes too much of a step, or of a round, and what would help.
 
         Args:
             applied: a step.
             whole: whether it ends what is summed at once.
+            settled: whether more than usual was summed.
         """
         for machine, report in applied.reports.items():
             self._round_seconds[machine] = self._round_seconds.get(machine, 0.0) + report.compute_seconds
         if not whole:
             return
         computed, self._round_seconds = self._round_seconds, {}
+        if settled:
+            return
         waits = [report.wait_seconds for report in applied.reports.values()]
         self._splits.append(network_waits([computed[machine] for machine in applied.reports], waits))
         if self._slow_network_told or len(self._splits) < SLOW_NETWORK_STEPS:
@@ -888,9 +912,24 @@ class Engine:
         again = [action for action in lost if action.kind == "train" and action.step > self.progress.step]
         missed = [action for action in lost if action.kind == "checkpoint" and action.step <= self.progress.step]
         later = [action for action in lost if action.kind == "checkpoint" and action.step > self.progress.step]
-        first = [Action("checkpoint", self.progress.step)] if missed else []
         order = sorted(again + later, key=lambda action: (action.step, action.kind == "checkpoint"))
-        self._pending.extendleft(reversed(first + order))
+        if missed:
+            program, rounds = self._work.program, len(self._crew) > 1
+            ends = range(self.progress.step, program.total_steps + 1)
+            step = next((end for end in ends if not rounds or program.closes_round(end)), program.total_steps)
+            if step == self.progress.step:
+                order.insert(0, Action("checkpoint", step))
+            elif not program.saves(step):
+                self._pending_checkpoint(order, step)
+        self._pending.extendleft(reversed(order))
+
+    def _pending_checkpoint(self, first: list[Action], step: int) -> None:
+        """A checkpoint at the end of a round that is open at the present step; in the midst nobody has that state."""
+        for actions in (first, self._pending):
+            for place, action in enumerate(actions):
+                if action == Action("train", step):
+                    actions.insert(place + 1, Action("checkpoint", step))
+                    return
 
     async def _save_and_stop(self) -> None:
         """Have the newest state that anybody holds saved, and nothing more begun."""

@@ -385,7 +385,7 @@ class _Job:
                 f" {config.grad_accumulation_steps}, which cannot be taken up again; start a new run from its adapter"
                 " with --resume-adapter-file"
             )
-        if resumed is not None and config.local_steps > 1 and not resumed.scheduled:
+        if resumed is not None and config.local_steps > 1 and not self.program.saves(resumed.progress.step):
             line = f"the state of step {resumed.progress.step} was saved between two checkpoints"
             hint = f"every machine begins with the {config.optimizer} moments of the one that saved it"
             self.reader.handle(Noted("warning", f"--local-steps: {line}: {hint}", "warning"))

@@ -66,7 +66,8 @@ class Program:
         """Whether the machines' weights are brought together after this step.
 
         They are wherever all of them must have the same: for a validation, a checkpoint, at the end. Which steps these
-        are does not depend on the machines, nor on where a run was resumed.
+        are does not depend on the machines, nor on where a run was resumed; when machines come or leave, a round ends
+        sooner.
         """
         validates = self.validates and self._falls_in(self.steps_per_eval, step)
         return step % self.local_steps == 0 or self.saves(step) or validates or step == self.total_steps

@@ -19,7 +19,7 @@ EVENTS_WAITING = 256
 SAVE_SECONDS = 10.0
 """For a worker whose coordinator is gone to come to its senses and write its state, however small that is."""
 SLOWEST_COPY_BYTES_PER_SECOND = 50e6
-STATE_BYTES_PER_PARAMETER = 12
+STATE_BYTES_PER_PARAMETER = 16
 
 _NOTICED = frozenset({"ready", "step_done", "copied", "copy_failed"})
 

@@ -20,6 +20,8 @@ Int32 = npt.NDArray[np.int32]
 FineTuneType = Literal["lora", "dora", "full"]
 RoundPart = Literal["", "open", "close"]
 
+MOST_LOCAL_STEPS = 500
+"""Of a round: all of them are reported at its end."""
 LONGEST_NAME_BYTES = 200
 """Of a file's name: temporary ones are a little longer."""
 LARGEST_FILE_BYTES = 1 << 46
@@ -124,6 +126,10 @@ class JobSpec:
     reuse_prefix: bool = False
     local_steps: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.local_steps <= MOST_LOCAL_STEPS:
+            raise TandemError(f"rounds of {self.local_steps} local steps; at most {MOST_LOCAL_STEPS}")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -203,6 +209,10 @@ class Share:
     wait_seconds: float = 0.0
     settle: bool = False
     round: RoundPart = ""
+
+    def __post_init__(self) -> None:
+        if self.round not in ("", "open", "close"):
+            raise TandemError(f"{str(self.round)[:80]!r} is no part of a round")
 
     @property
     def positions(self) -> int:

@@ -30,6 +30,11 @@ def past_run(folder: Path, alone: str = ALONE) -> PastRun:
     if not files.metrics.exists():
         raise UserError(f"{folder} has no {files.metrics.name}: no run has trained there")
     options = {**_defaults(), **read_yaml(files.config)}
+    if int(options["local_steps"]) > 1:
+        raise UserError(
+            f"{folder}: with --local-steps {options['local_steps']} its machines trained by themselves for rounds of"
+            " steps, of which nothing is predicted; give a run without"
+        )
     fleets = [entry for entry in read_json_lines(files.events) if entry.get("kind") == "fleet"]
     links = links_of(fleets[-1].get("links")) if fleets else ()
     return PastRun(
@@ -51,7 +56,8 @@ def past_run(folder: Path, alone: str = ALONE) -> PastRun:
 def _defaults() -> dict[str, object]:
     config = TrainConfig(model="", data="")
     return {
-        name: getattr(config, name) for name in ("batch_size", "grad_accumulation_steps", "max_seq_length", "reduce")
+        name: getattr(config, name)
+        for name in ("batch_size", "grad_accumulation_steps", "max_seq_length", "reduce", "local_steps")
     }
 
 

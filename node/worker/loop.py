@@ -181,7 +181,7 @@ class Worker:
                 emit=self._inbox.send,
                 clear_cache_threshold=job.clear_cache_threshold,
                 prefix_folder=Path(job.folder) if job.reuse_prefix else None,
-                local_steps=job.local_steps,
+                local_steps=max(1, job.local_steps),
             )
             below = self._trainer.prefix
             if below is not None and below.kept is not None:
@@ -255,6 +255,10 @@ class Worker:
             # Never apply a step to another state than it belongs to, whatever went wrong before.
             self._passing = True
             self._inbox.send(RingFailed(share.step, f"this worker holds the state of step {trainer.step}"))
+            return
+        if bool(share.round) != (self._ring is not None and trainer.local_steps > 1) or trainer.is_over(share.round):
+            self._passing = True
+            self._inbox.send(RingFailed(share.step, "a step of another kind than those of this group"))
             return
         before = trainer.step
         if self._ring is not None:

@@ -121,7 +121,7 @@ class Ring:
             computed()
             sums = _Reader(self._sum(_numbers(head, gradients), self._limit(), exact))
         head = sums.take(len(head)).copy()
-        summed = sums.arrays(shapes)
+        summed = dict(sums.arrays(shapes))
         if self._share.check:
             self._compare(head[LOSS_AND_COUNT:])
         return summed, float(head[0]), int(head[1]) * COUNT_BASE + int(head[2])
@@ -145,14 +145,14 @@ class Ring:
         exact = len(head) if spec.gradient_dtype == "bf16" else None
         sums = _Reader(self._sum(_numbers(head, changes), self._limit(), exact))
         head = sums.take(len(head)).copy()
-        summed = sums.arrays(shapes)
+        summed = dict(sums.arrays(shapes))
         if self._share.check:
             self._compare(head[most:])
         figures_of = head[: LOSS_AND_COUNT * len(steps)].reshape(len(steps), LOSS_AND_COUNT).tolist()
         counts = [int(high) * COUNT_BASE + int(low) for _, high, low in figures_of]
-        return RoundSums(summed, [loss for loss, _, _ in figures_of], counts)
+        return RoundSums(summed, [loss for loss, _, _ in figures_of], counts, spec.size)
 
-    def sums(self, arrays: Arrays) -> Arrays:
+    def sums(self, arrays: Arrays) -> Iterator[tuple[str, mx.array]]:
         """See ``trainer.RoundReduction``; nothing is rounded.
 
         Raises:
@@ -294,12 +294,10 @@ class _Reader:
             done, self._rest = done + len(part), self._rest[len(part) :]
         return whole
 
-    def arrays(self, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
-        """The next arrays of these shapes."""
-        return {
-            name: mx.array(self.take(int(np.prod(shape, dtype=np.int64)))).reshape(shape)
-            for name, shape in shapes.items()
-        }
+    def arrays(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, mx.array]]:
+        """The next arrays of these shapes, one by one."""
+        for name, shape in shapes.items():
+            yield name, mx.array(self.take(int(np.prod(shape, dtype=np.int64)))).reshape(shape)
 
 
 def digest(parameters: Arrays) -> str:

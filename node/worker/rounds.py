@@ -8,7 +8,7 @@ so that a slow machine's few rows count for what they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -32,7 +32,7 @@ class LocalStep:
         tokens: so many of them.
         learning_rate: of the inner rule.
         grad_norm: of the mean gradient of this rank's share.
-        seconds: of all of it; nobody is waited for.
+        seconds: in forward and backward.
         padded_tokens: input positions computed, padding included.
     """
 
@@ -53,11 +53,13 @@ class RoundSums:
         changes: of the weights, by name: sum over ranks of the change times the rank's target tokens, fp32.
         losses: of each step, summed over its target tokens.
         tokens: target tokens of each step.
+        ranks: how many there are.
     """
 
     changes: Arrays
     losses: list[float]
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int]
+    ranks: int
 
 
 class Outer:
@@ -129,12 +131,11 @@ def weighted_moments(moments: Mapping[str, mx.array], part: float) -> Arrays:
     return {name: moments[name].astype(mx.float32) * part for name in sorted(moments)}
 
 
-def averaged_moments(sums: Mapping[str, mx.array], like: Mapping[str, mx.array]) -> Arrays:
-    """The average, in the moments' own types; counts of steps are whole numbers."""
-    return {
-        name: (total if mx.issubdtype(like[name].dtype, mx.floating) else mx.round(total)).astype(like[name].dtype)
-        for name, total in sums.items()
-    }
+def averaged(total: mx.array, like: mx.array) -> mx.array:
+    """The sum of weighted moments in their own type, evaluated; counts of steps are whole numbers."""
+    average = (total if mx.issubdtype(like.dtype, mx.floating) else mx.round(total)).astype(like.dtype)
+    mx.eval(average)
+    return average
 
 
 def inner_and_outer(moments: Mapping[str, mx.array]) -> tuple[Arrays, Arrays]:

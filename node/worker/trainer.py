@@ -6,8 +6,9 @@ together; then every rank divides by the global number of target tokens, clips, 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from node.errors import UserError
 from node.events import ComputeStarted, Event, LocalStepDone, ReduceEntered, StepDone
-from node.spec import OptimizerSpec, Rows, Share
+from node.spec import OptimizerSpec, RoundPart, Rows, Share
 from node.worker.loss import Batch, TokenLoss, pad
 from node.worker.optimizer import Optimizer, learning_rates
 from node.worker.prefix import Prefix
@@ -28,7 +29,7 @@ from node.worker.rounds import (
     LocalStep,
     Outer,
     RoundSums,
-    averaged_moments,
+    averaged,
     inner_and_outer,
     weighted_changes,
     weighted_moments,
@@ -64,8 +65,8 @@ class RoundReduction(Protocol):
             steps: as this rank did them; of the same numbers on every rank.
         """
 
-    def sums(self, arrays: Arrays) -> Arrays:
-        """Of these arrays over all ranks, as fp32, in the mapping's order; the mapping is emptied."""
+    def sums(self, arrays: Arrays) -> Iterator[tuple[str, mx.array]]:
+        """Of these arrays over all ranks, as fp32, one by one in the mapping's order; the mapping is emptied."""
 
 
 def alone(gradients: Arrays, loss: mx.array, tokens: int, computed: Callable[[], None]) -> tuple[Arrays, float, int]:
@@ -101,10 +102,12 @@ class _Round:
 
     Attributes:
         start: the state that it began with.
+        began: when, by ``time.perf_counter``.
         steps: done so far.
     """
 
     start: Published
+    began: float
     steps: list[LocalStep] = field(default_factory=list)
 
     @property
@@ -225,14 +228,18 @@ class Trainer:
         if self._outer is None:
             self.restore(shared)
             return
-        running, steps = self._round, self._round.steps if self._round is not None else []
+        running = self._round
         start = self.published()
         local = self._parameters, self._optimizer.arrays()
         self.restore(Published(shared.step, shared.parameters, {**inner_and_outer(start.moments)[0], **shared.moments}))
         if running is not None:
-            self._round = _Round(self.published(), steps)
+            self._round = _Round(self.published(), running.began, running.steps)
             self._parameters = local[0]
             self._optimizer.restore(local[1])
+
+    def is_over(self, part: RoundPart) -> bool:
+        """Whether a round has as many steps as it can have, and this one would go on with it."""
+        return part == "open" and self._round is not None and len(self._round.steps) >= self.local_steps - 1
 
     def abandon_round(self) -> None:
         """Go back to where the round began, if there is one."""
@@ -309,16 +316,16 @@ class Trainer:
         """
         started = time.perf_counter()
         if self._round is None:
-            self._round = _Round(self.published())
+            self._round = _Round(self.published(), started)
         self._emit(ComputeStarted(share.step))
         gradients, loss, tokens = self._accumulate(share)
         mx.eval(loss, *to_ask_for(gradients.values()))
+        seconds = time.perf_counter() - started
         rate, norm = self._rate_at(share.step), 0.0
         if tokens:  # without any, the rule would only forget
             norm = self._apply(gradients, tokens, rate)
         padded = sum(len(rows.lengths) * rows.padded_length for rows in share.micro_batches)
         value: float = loss.item()  # type: ignore[assignment]
-        seconds = time.perf_counter() - started
         self._round.steps.append(LocalStep(share.step, value, tokens, rate, norm, seconds, padded))
         if 0 < self._clear_cache_threshold < mx.get_cache_memory():
             mx.clear_cache()
@@ -336,31 +343,36 @@ class Trainer:
         """Apply the average change of all ranks; with ``settle`` take the average of their moments, too."""
         assert self._outer is not None
         assert self.rounds is not None
-        began, steps, mine = time.perf_counter(), closing.steps, closing.tokens
+        entered, began, steps, mine = time.perf_counter(), closing.began, closing.steps, closing.tokens
         own = dict(tree_flatten(self._parameters))
         sums = self.rounds.close_round(weighted_changes(closing.start.parameters, own, mine), steps)
         del own, closing
+        total = sum(sums.tokens)
         if settle:
             inner = self._optimizer.arrays()
-            part = mine / max(sum(sums.tokens), 1)
-            self._optimizer.restore(averaged_moments(self.rounds.sums(weighted_moments(inner, part)), inner))
-            del inner
-        waited = time.perf_counter() - began
+            parts = weighted_moments(inner, mine / total if total else 1 / sums.ranks)
+            self._optimizer.restore({name: averaged(sum_, inner[name]) for name, sum_ in self.rounds.sums(parts)})
+            del inner, parts
+        waited = time.perf_counter() - entered
         start = self.published()  # the others' where this rank had another one
+        length = sum((mx.abs(change).sum() for change in sums.changes.values()), mx.array(0.0))
         self._parameters = tree_unflatten(list(self._outer.update(start.parameters, sums).items()))
         del start
         self._round, self.step = None, steps[-1].step
         self._model.update(self._parameters)
-        mx.eval(self._parameters, self._moments())
-        rest = time.perf_counter() - began
+        mx.eval(length, self._parameters, self._moments())
+        # What is no number on any rank is none on all from here on; the norms are each rank's own.
+        spoilt = not math.isfinite(length.item())  # type: ignore[arg-type]
+        # Ranks drift apart within a round, and are together only at its ends: a step's time is its part of the whole.
+        seconds = (time.perf_counter() - began) / max(total, 1)
         return tuple(
             StepDone(
                 step=done.step,
                 loss_sum=loss,
                 tokens=tokens,
                 learning_rate=done.learning_rate,
-                grad_norm=done.grad_norm,
-                seconds=done.seconds + (rest if done is steps[-1] else 0.0),
+                grad_norm=math.nan if spoilt and done is steps[-1] else done.grad_norm,
+                seconds=seconds * tokens,
                 compute_seconds=done.seconds,
                 wait_seconds=waited if done is steps[-1] else 0.0,
                 peak_memory_bytes=mx.get_peak_memory(),

@@ -74,9 +74,9 @@ def test_a_file_says_what_options_say(capsys: pytest.CaptureFixture[str], tmp_pa
     assert figures(capsys, "--fleet", str(file), "--batch-size", "8")["job"]["rows"] == 8, "options go over the file"
 
 
-def make_measured(folder: Path, steps: int = 12) -> None:
+def make_measured(folder: Path, steps: int = 12, **options: Any) -> None:
     """A run of Studio and Air, twice as fast and once, 0.2 s for each sum."""
-    make_run("20260101-one", folder, [2.0], batch_size=8)
+    make_run("20260101-one", folder, [2.0], batch_size=8, **options)
     members = (FleetMember("Studio", None, None, 5), FleetMember("Air", None, None, 3))
     link = FleetLink("Studio", "Air", 3e8, 0.001, "Studio ↔ Air")
     events: list[Any] = [started("20260101-one", steps), FleetFormed(members, 8, ("2 machines",), (link,))]
@@ -149,6 +149,13 @@ def test_mistakes_get_one_line(arguments: tuple[str, ...], told: str, capsys: py
 def test_what_is_no_fleet(content: str, told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "fleet.yaml").write_text(content)
     assert told in said(capsys, "--fleet", str(tmp_path / "fleet.yaml"), code=2)
+
+
+def test_of_a_run_with_rounds_of_local_steps_nothing_is_predicted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make_measured(tmp_path, local_steps=16)
+    assert "with --local-steps 16 its machines trained by themselves" in said(capsys, "--run", "last", code=2)
 
 
 def test_a_run_of_few_steps_teaches_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from coordinator.config import TrainConfig
 from coordinator.memory import EstimateOptions, estimate
 from coordinator.memory.architecture import architecture
 from coordinator.memory.weights import expected_weights, read_weights
 from coordinator.models import weight_shapes
+from coordinator.preflight import estimate_options
 from node.errors import UserError
 from node.spec import OptimizerSpec, TuningSpec
 from node.worker.randomness import RowContext
@@ -224,3 +227,20 @@ def test_names_of_older_and_nested_configurations() -> None:
     assert older.parameters == pytest.approx(124e6, rel=0.02)
     nested = architecture({"model_type": "gemma3", "text_config": LLAMA | {"model_type": "gemma3_text"}})
     assert (nested.hidden, nested.layers) == (256, 4)
+
+
+def test_what_is_kept_for_other_machines_counts() -> None:
+    config = large(4096, 32, 11008, 32, 32, 32000, tied=False)
+    plain = EstimateOptions(max_seq_length=128)
+    alone, rounded, rounds = (
+        estimate(config, None, dataclasses.replace(plain, **changes))
+        for changes in ({}, {"rounded": True}, {"rounds": True})
+    )
+    numbers = 4 * alone.trainable_parameters
+    assert rounded.optimizer_bytes - alone.optimizer_bytes == numbers
+    # The momentum, and the weights and two moments that a round began with.
+    assert rounds.optimizer_bytes - alone.optimizer_bytes == numbers + alone.trainable_bytes + alone.optimizer_bytes
+    assert rounds.total > rounded.total > alone.total
+    config_of_run = TrainConfig(model="m", gradient_dtype="bf16", local_steps=16)
+    assert (estimate_options(config_of_run).rounded, estimate_options(config_of_run).rounds) == (True, True)
+    assert not estimate_options(TrainConfig(model="m")).rounds
