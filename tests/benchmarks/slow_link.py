@@ -4,8 +4,8 @@ Adapters of about 10 MB, and ranks that compute for about as long as those take 
 at once, after all of them are computed. A rank waits while it would compute, as where a GPU does that: the network,
 which is made of this machine's processors, has them to itself.
 
-And what rounds of local steps leave, on that link, of the speed that the same ranks have on one which costs next to nothing;
-their last validation loss against that of ranks which add up every gradient.
+And what rounds of local steps leave, on that link, of the speed that the same ranks have on one which costs next to
+nothing; their last validation loss against that of ranks which add up every gradient.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def run(folder: Path, pairs: int) -> list[Figure]:
                 dtype, way = name.split(", ")
                 options = ROUNDED if dtype == "bf16" else ()
                 seconds.append(_step(labs[way], folder / f"{name.replace(' ', '-')}-{pair}", work, options)["seconds"])
-            slow = _rounds(labs[IN_RUNS], folder / f"rounds-{pair}", learnt, LOCAL)
+            slow = _rounds(labs[AT_ONCE], folder / f"rounds-{pair}", learnt, LOCAL)
             switch.conditions()
             for host in connected:
                 host.shape(None)
-            fast = _rounds(labs[IN_RUNS], folder / f"rounds-without-{pair}", learnt, LOCAL)
-            exact = _rounds(labs[IN_RUNS], folder / f"steps-without-{pair}", learnt)
+            fast = _rounds(labs[AT_ONCE], folder / f"rounds-without-{pair}", learnt, LOCAL)
+            exact = _rounds(labs[AT_ONCE], folder / f"steps-without-{pair}", learnt)
             switch.conditions(delay_seconds=DELAY_SECONDS)
             for host in connected:
                 host.shape(MBIT)
