@@ -7,7 +7,7 @@ from typing import Literal
 
 from node.hardware import Facts
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of node.proto. Raised when an older program could misunderstand a newer one."""
 DEFAULT_PORT = 21617
 """Of ``node serve``: assigned to nobody, and below the ports that systems hand out, so that an address stays right."""

@@ -1,7 +1,7 @@
 """Local steps: ranks train by themselves for a round, then go on from the average of what their weights changed by.
 
 This is DiLoCo (Douillard et al. 2023, arXiv 2311.08105): an inner update rule on each rank, and Nesterov's rule on the
-average change, with the paper's rate and momentum. Ranks weigh as much as the target tokens that they had in the round,
+average change. Ranks weigh as much as the target tokens that they had in the round,
 so that a slow machine's few rows count for what they are.
 """
 
@@ -14,8 +14,10 @@ import mlx.core as mx
 
 from node.errors import UserError
 
+# The paper's rate. Its momentum of 0.9 is for hundreds of rounds: over the few of a fine-tuning it runs past its goal
+# (after six rounds a small model's validation loss was 1.9 times that of summed gradients; with 0.5, 0.97 times).
 OUTER_RATE = 0.7
-OUTER_MOMENTUM = 0.9
+OUTER_MOMENTUM = 0.5
 OUTER = "outer."
 """Before the names of the outer rule's momentum, among the moments of a state."""
 

@@ -11,6 +11,7 @@ nothing; their last validation loss against that of ranks which add up every gra
 from __future__ import annotations
 
 import json
+import random
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from tests.benchmarks.figures import Figure
 from tests.benchmarks.hosted import Lab, serving
-from tests.benchmarks.workload import WARM_UP, Workload, workload
+from tests.benchmarks.workload import WARM_UP, WORDS, Workload, workload
 from tests.faults.harness import Fault, injected
 from tests.fixtures.hosts import hosts, switch_available
 from tests.fixtures.switch import Switch
@@ -33,7 +34,8 @@ LORA_RANK = 80
 AT_ONCE, IN_RUNS = "at once", "in runs"
 ROUNDED = ("--gradient-dtype", "bf16")
 # Rounds of steps of more than half a second; the first warms up.
-ROUND, ROUNDS, ROUND_BATCH = 16, 4, 8
+ROUND, ROUNDS, ROUND_BATCH = 16, 6, 8
+KINDS = 6  # of words: each is followed by one of the next kind
 LOCAL = ("--local-steps", str(ROUND), *ROUNDED)
 VALIDATED = ("--val-batches", "-1", "--steps-per-eval", str(ROUND * ROUNDS), "--learning-rate", "2e-4")
 
@@ -49,7 +51,7 @@ def run(folder: Path, pairs: int) -> list[Figure]:
     for name in ("steps", "rounds"):
         (folder / name).mkdir()
     work = workload(folder / "steps", 64, (ROW_WORDS, ROW_WORDS), hidden=512)
-    learnt = workload(folder / "rounds", 64, (ROW_WORDS, 3 * ROW_WORDS), hidden=512)
+    learnt = _language(workload(folder / "rounds", 1, (ROW_WORDS, ROW_WORDS), hidden=256))
     plain: list[dict[str, float]] = []
     steps: dict[str, list[float]] = {"bf16, at once": [], "fp32, in runs": [], "bf16, in runs": []}
     kept, round_steps, losses = [], [], []
@@ -112,9 +114,19 @@ def _step(lab: Lab, folder: Path, work: Workload, options: tuple[str, ...] = ())
     return {name: statistics.median(step[name] for step in steps[WARM_UP:]) for name in names}
 
 
+def _language(work: Workload) -> Workload:
+    """Rows with something to learn that holds for others, too: which words may follow which; some are kept back."""
+    chance = random.Random(0)
+    kinds = [WORDS[kind::KINDS] for kind in range(KINDS)]
+    for name, rows in (("train", ROUND * ROUNDS * ROUND_BATCH), ("valid", 64)):
+        texts = [" ".join(chance.choice(kinds[word % KINDS]) for word in range(2 * KINDS)) for _ in range(rows)]
+        (work.data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return work
+
+
 def _rounds(lab: Lab, folder: Path, work: Workload, options: tuple[str, ...] = ()) -> tuple[float, float]:
     """Seconds of a step, and the last validation loss."""
-    more = ("--lora-rank", str(LORA_RANK), *VALIDATED, *options)
+    more = ("--lora-rank", str(2 * LORA_RANK), *VALIDATED, *options)
     done = lab.train(work, folder, batch=ROUND_BATCH, iters=ROUND * ROUNDS, ranks=RANKS, options=more)
     # A round's steps are told at its end.
     seconds = (done[-1].at - done[ROUND - 1].at) / (len(done) - ROUND)

@@ -90,8 +90,8 @@ class Oracle:
         for name, began in start.items():
             ends = [np.array(runner.weights[name].astype(mx.float32)) for runner in self.ranks]
             change = sum(part * (end - began) for part, end in zip(weight, ends, strict=True))
-            self.momentum[name] = 0.9 * self.momentum[name] + change
-            self.start[name] = (began + 0.7 * (change + 0.9 * self.momentum[name])).astype(np.float32)
+            self.momentum[name] = 0.5 * self.momentum[name] + change
+            self.start[name] = (began + 0.7 * (change + 0.5 * self.momentum[name])).astype(np.float32)
         for runner in self.ranks:
             moments = runner.trainer.published().moments
             runner.trainer.restore(Published(step, {name: mx.array(a) for name, a in self.start.items()}, moments))
