@@ -14,6 +14,7 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 from node import advert as advert_module
 from node.advert import SERVICE_TYPE, Advert, cut_utf8, instance_label, usable_addresses
 from node.errors import UserError
+from node.info import PROTOCOL
 from tests.fixtures.told import told
 
 WAIT_SECONDS = 20.0
@@ -80,7 +81,7 @@ def test_is_heard_and_withdrawn(tandem_home: Path) -> None:
             assert found.decoded_properties == {
                 "id": info.id,
                 "home": info.home,
-                "protocol": "1",
+                "protocol": str(PROTOCOL),
                 "version": "0.1.0",
                 "fleet": os.environ["TANDEM_FLEET"],
                 "name": name,
