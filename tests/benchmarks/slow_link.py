@@ -34,7 +34,7 @@ LORA_RANK = 80
 AT_ONCE, IN_RUNS = "at once", "in runs"
 ROUNDED = ("--gradient-dtype", "bf16")
 # Rounds of steps of more than half a second; the first warms up.
-ROUND, ROUNDS, ROUND_BATCH = 16, 6, 8
+ROUND, ROUNDS, ROUND_BATCH = 16, 10, 8
 KINDS = 6  # of words: each is followed by one of the next kind
 LOCAL = ("--local-steps", str(ROUND), *ROUNDED)
 VALIDATED = ("--val-batches", "-1", "--steps-per-eval", str(ROUND * ROUNDS), "--learning-rate", "2e-4")
