@@ -186,7 +186,6 @@ class Engine:
         self._homes = Homes()
         self._largest: dict[str, int] = {}
         self._local: dict[int, int] = {}  # in an open round, by member: the last step that it has done
-        self._round_open = False
         self._parts: dict[int, RoundPart] = {}  # by step that several were asked for
         self._summed: int | None = None  # the last step that a sum of this group was asked for
         self._round_seconds: dict[str, float] = {}  # of computing, by machine
@@ -356,7 +355,6 @@ class Engine:
         self._ledger, self._watch = Ledger(len(crew)), Watch(len(crew))
         self._rows.clear()
         self._local.clear()
-        self._round_open = False
         self._parts.clear()
         self._summed = None
         self._round_seconds.clear()
@@ -498,6 +496,11 @@ class Engine:
             and (self._round_open or not self._generations.draining)
         )
 
+    @property
+    def _round_open(self) -> bool:
+        """Whether the step that was asked for last is not the end of its round."""
+        return next(reversed(self._parts.values()), "") == "open"
+
     def _ahead(self) -> int:
         """What was asked for and is not done; of an open round's steps, what somebody has not done."""
         done = min(self._local.values()) if len(self._local) == len(self._crew) else 0
@@ -538,7 +541,6 @@ class Engine:
         more = early + _moving_seconds(crew)
         self._predicted = max(seconds)
         part = self._parts[step] = self._round_part(step)
-        self._round_open = part == "open"
         check = self._compares(step)
         settle = self._work.program.saves(step)
         # Who turns out to have another state is given the others' within the sum.

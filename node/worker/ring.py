@@ -110,8 +110,7 @@ class Ring:
         mx.async_eval(loss, *to_ask_for(first))  # type: ignore[no-untyped-call]
         del first
         if self._share.check:
-            mine = LOSS_AND_COUNT + DIGEST_WORDS * spec.rank
-            head[mine : mine + DIGEST_WORDS] = _words(_state_digest(self._trainer.shared()))
+            self._tell_state(head[LOSS_AND_COUNT:])
         head[1:LOSS_AND_COUNT] = (tokens // COUNT_BASE, tokens % COUNT_BASE)
         if len(runs) > 1:
             sums = _Reader(iter([self._sum_meanwhile(head, loss, gradients, runs, exact, computed)]))
@@ -139,8 +138,7 @@ class Ring:
             figures = (step.loss, step.tokens // COUNT_BASE, step.tokens % COUNT_BASE)
             head[LOSS_AND_COUNT * index : LOSS_AND_COUNT * (index + 1)] = figures
         if self._share.check:
-            first = most + DIGEST_WORDS * spec.rank
-            head[first : first + DIGEST_WORDS] = _words(_state_digest(self._trainer.shared()))
+            self._tell_state(head[most:])
         shapes = {name: change.shape for name, change in changes.items()}
         exact = len(head) if spec.gradient_dtype == "bf16" else None
         sums = _Reader(self._sum(_numbers(head, changes), self._limit(), exact))
@@ -201,10 +199,7 @@ class Ring:
                 piece = np.asarray(run.pop(0))
                 self._adder.numbers[place : place + len(piece)] = piece
                 place += len(piece)
-            rounding = None
-            if exact is not None:
-                rounding = Rounding(first, max(0, exact - first), self._share.settle)
-            self._adder.begin(first, place - first, self._share.step, rounding)
+            self._adder.begin(first, place - first, self._share.step, self._rounding(first, exact))
         computed()
         limit = self._limit()
         for _ in runs:
@@ -225,10 +220,7 @@ class Ring:
 
         def add() -> Floats:
             nonlocal filled, place
-            rounding = None
-            if exact is not None:
-                rounding = Rounding(place, max(0, exact - place), self._share.settle)
-            self._adder.add(filled, self._share.step, limit, rounding)
+            self._adder.add(filled, self._share.step, limit, self._rounding(place, exact))
             total = bucket[:filled]
             filled, place = 0, place + filled
             return total
@@ -243,6 +235,15 @@ class Ring:
                     yield add()
         if filled:
             yield add()
+
+    def _rounding(self, first: int, exact: int | None) -> Rounding | None:
+        """Of numbers from this one on, where all but the first ``exact`` of a step are rounded on their way."""
+        return None if exact is None else Rounding(first, max(0, exact - first), self._share.settle)
+
+    def _tell_state(self, words: Floats) -> None:
+        """Put the digest of this rank's state where the others look for it."""
+        first = DIGEST_WORDS * self._spec.rank
+        words[first : first + DIGEST_WORDS] = _words(_state_digest(self._trainer.shared()))
 
     def _compare(self, words: Floats) -> None:
         """See from all ranks' digests whether they have the same state, and have them take one if not."""

@@ -1,8 +1,8 @@
 """Local steps: ranks train by themselves for a round, then go on from the average of what their weights changed by.
 
 This is DiLoCo (Douillard et al. 2023, arXiv 2311.08105): an inner update rule on each rank, and Nesterov's rule on the
-average change. Ranks weigh as much as the target tokens that they had in the round,
-so that a slow machine's few rows count for what they are.
+average change. Ranks weigh as much as the target tokens that they had in the round, so that a slow machine's few rows
+count for what they are.
 """
 
 from __future__ import annotations

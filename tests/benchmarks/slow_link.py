@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.benchmarks.figures import Figure
 from tests.benchmarks.hosted import Lab, serving
 from tests.benchmarks.workload import WARM_UP, WORDS, Workload, workload
 from tests.faults.harness import Fault, injected
-from tests.fixtures.hosts import hosts, switch_available
+from tests.fixtures.hosts import Host, hosts, switch_available
 from tests.fixtures.switch import Switch
 
 MBIT, DELAY_SECONDS = 200, 0.01
@@ -58,9 +59,7 @@ def run(folder: Path, pairs: int) -> list[Figure]:
     with ExitStack() as stack:
         switch = Switch()
         connected = stack.enter_context(hosts(RANKS, switch=switch))
-        switch.conditions(delay_seconds=DELAY_SECONDS)
-        for host in connected:
-            host.shape(MBIT)
+        _link(switch, connected, slow=True)
         labs = {}
         device: Fault = {"do": "device", "seconds": COMPUTE_SECONDS}
         ways: dict[str, list[Fault]] = {AT_ONCE: [device, {"do": "one run"}], IN_RUNS: [device]}
@@ -75,14 +74,10 @@ def run(folder: Path, pairs: int) -> list[Figure]:
                 options = ROUNDED if dtype == "bf16" else ()
                 seconds.append(_step(labs[way], folder / f"{name.replace(' ', '-')}-{pair}", work, options)["seconds"])
             slow = _rounds(labs[AT_ONCE], folder / f"rounds-{pair}", learnt, LOCAL)
-            switch.conditions()
-            for host in connected:
-                host.shape(None)
+            _link(switch, connected, slow=False)
             fast = _rounds(labs[AT_ONCE], folder / f"rounds-without-{pair}", learnt, LOCAL)
             exact = _rounds(labs[AT_ONCE], folder / f"steps-without-{pair}", learnt)
-            switch.conditions(delay_seconds=DELAY_SECONDS)
-            for host in connected:
-                host.shape(MBIT)
+            _link(switch, connected, slow=True)
             kept.append(fast[0] / slow[0])
             round_steps.append(slow[0])
             losses.append(slow[1] / exact[1])
@@ -103,6 +98,13 @@ def run(folder: Path, pairs: int) -> list[Figure]:
         Figure("their step", "s", tuple(round_steps)),
         Figure("their last validation loss / that of summed gradients", "x", tuple(losses), below=1.02),
     ]
+
+
+def _link(switch: Switch, connected: Sequence[Host], *, slow: bool) -> None:
+    """Between the hosts: the slow one, or one that costs next to nothing."""
+    switch.conditions(delay_seconds=DELAY_SECONDS if slow else 0.0)
+    for host in connected:
+        host.shape(MBIT if slow else None)
 
 
 def _step(lab: Lab, folder: Path, work: Workload, options: tuple[str, ...] = ()) -> dict[str, float]:
