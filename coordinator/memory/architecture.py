@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from node.attention import query_parts
 from node.errors import UserError
 
 # What the same number is called in configurations of different ages.
@@ -20,6 +21,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k"),
     "expert_size": ("moe_intermediate_size", "expert_ffn_size"),
     "shared_size": ("shared_expert_intermediate_size",),
+    "window": ("sliding_window", "sliding_window_size"),
 }
 # One wide and one narrow matrix instead of gate, up and down.
 _UNGATED = {"phi", "gpt2", "gpt_neox", "gpt_bigcode", "starcoder2", "stablelm_epoch", "phixtral", "nemotron", "opt"}
@@ -71,6 +73,7 @@ class Architecture:
         gelu: whether the feed-forward part's activation is a GELU, which keeps more than SiLU for its gradient.
         post_norms: whether a block normalises its outputs as well as its inputs.
         capped: whether the attention scores are soft-capped.
+        window: positions that some blocks' attention is confined to; 0 where it is not.
     """
 
     model_type: str
@@ -87,9 +90,15 @@ class Architecture:
     gelu: bool = False
     post_norms: bool = False
     capped: bool = False
+    window: int = 0
 
-    def kept_elements(self, length: int) -> int:
-        """Elements per token that one block keeps for its backward pass, with attention unfused.
+    def attention_parts(self, length: int, *, gpu: bool) -> list[tuple[int, int]]:
+        """The queries that attend at once, as the worker cuts them; whole where a model attends in a way of its own."""
+        own = self.capped or 0 < self.window < length
+        return [(0, length)] if own else query_parts(length, gpu=gpu)
+
+    def kept_elements(self, length: int, *, gpu: bool) -> int:
+        """Elements per token that one block keeps for its backward pass.
 
         Residual stream and its normed copies, queries, keys, values and attention's output, projections that are split
         afterwards, the feed-forward part's gate, up projection and their products, and the attention weights.
@@ -100,7 +109,8 @@ class Architecture:
         )
         stream = (8 if self.post_norms else 4) * self.hidden
         inner = (5 if self.gated else 3) + ((3 if self.gated else 2) if self.gelu else 0)
-        scores = (3 if self.capped else 1) * self.heads * length
+        seen = sum((end - start) * end for start, end in self.attention_parts(length, gpu=gpu)) // max(length, 1)
+        scores = (3 if self.capped else 1) * self.heads * seen
         return stream + 3 * queries + 2 * keys + fused + inner * self.inner + scores
 
     @property
@@ -154,6 +164,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         gelu="gelu" in str(config.get("hidden_activation") or config.get("hidden_act") or "") or model_type in _GELU,
         post_norms=model_type in _POST_NORMS,
         capped=bool(config.get("attn_logit_softcapping")),
+        window=_number(config, "window") or 0,
     )
 
 

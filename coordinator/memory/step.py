@@ -5,7 +5,8 @@ backward pass of the last block, beside all the activations kept for it; or in t
 side by side.
 The factors below were fitted to the peaks that MLX reported for the worker's own trainer on random models (fp32 and
 bf16, 1-4 rows of 64-512 tokens, vocabularies of 256-32000); the tests measure again and compare.
-Attention counts with its full matrix of scores, because MLX does not fuse it while it traces gradients.
+Attention counts with the scores of the pairs that the worker's parts of queries see, and with all of them where a model
+attends in a way of its own.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ class _Step:
         output before it is scaled.
         """
         width = self.weights.compute_bytes
-        kept = self.model.kept_elements(self.options.max_seq_length) * width
+        kept = self.model.kept_elements(self.options.max_seq_length, gpu=self.options.gpu) * width
         per_layer = max(len(self.trained_layers), 1)
         if self.options.fine_tune_type != "full" and width < FP32_BYTES:
             kept += FP32_BYTES * sum(self._seen(linear, linear.inputs) for linear in self.adapted) // per_layer
@@ -242,7 +243,9 @@ class _Step:
     @property
     def in_flight_bytes(self) -> int:
         """Temporaries of the block whose backward pass runs."""
-        scores = SCORES_IN_FLIGHT * self.model.heads * self.options.max_seq_length
+        parts = self.model.attention_parts(self.options.max_seq_length, gpu=self.options.gpu)
+        largest = max((end - start) * end for start, end in parts) / max(self.options.max_seq_length, 1)
+        scores = SCORES_IN_FLIGHT * self.model.heads * largest
         block = (scores + INNER_IN_FLIGHT * self.model.inner) * self.tokens * self.weights.compute_bytes
         if self.options.grad_checkpoint:
             block += CHECKPOINT_RECOMPUTED * self.kept_per_layer

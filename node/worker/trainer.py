@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from node.errors import UserError
 from node.events import ComputeStarted, Event, LocalStepDone, ReduceEntered, StepDone
 from node.spec import OptimizerSpec, RoundPart, Rows, Share
+from node.worker.attention import for_gradients
 from node.worker.loss import Batch, TokenLoss, pad
 from node.worker.optimizer import Optimizer, learning_rates
 from node.worker.prefix import Prefix
@@ -421,7 +422,8 @@ class Trainer:
             if self.prefix is not None:
                 self._context.keys, self._context.lengths = keys, batch.lengths
                 arrays.append(self.prefix.outputs(rows, batch.inputs, keep=keep))
-            result: tuple[mx.array, Any] = self._gradient(self._parameters, *arrays)
+            with for_gradients():
+                result: tuple[mx.array, Any] = self._gradient(self._parameters, *arrays)
         finally:
             # Not before: with checkpointing the backward pass runs layers again, and they must draw the same noise.
             self._context.keys = self._context.lengths = None

@@ -18,6 +18,8 @@ from node.manifest import needs_own_code
 from node.spec import ModelSpec, TuningSpec
 from node.tensors import check_numbers, read_tensors
 from node.worker.adapter import apply_adapter
+from node.worker.attention import attend_in_parts
+from node.worker.lora import join_adapters
 from node.worker.randomness import RowContext, add_embedding_noise, key_dropout
 
 
@@ -95,9 +97,11 @@ def make_trainable(model: nn.Module, spec: TuningSpec, seed: int, context: RowCo
             linear_to_lora_layers(model, num_layers, parameters, use_dora=spec.fine_tune_type == "dora")
         except ValueError as error:
             raise UserError(f"--fine-tune-type {spec.fine_tune_type}: {one_line(error)}") from error
+        join_adapters(model)
         unkeyed = key_dropout(model, context, spec.dropout)
         if unkeyed and spec.dropout > 0:
             notes.append(f"--lora-dropout is not applied to the {len(unkeyed)} expert layers: their rows are mixed")
+    attend_in_parts(model)
     if not tree_flatten(model.trainable_parameters()):
         names = ", ".join(spec.keys or ()) or "any linear layer"
         raise UserError(f"nothing to train: the last {spec.num_layers} layers hold no {names}; check --lora-keys")

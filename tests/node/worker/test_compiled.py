@@ -33,22 +33,23 @@ def compiling() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize(
-    ("family", "spec"),
+    ("family", "spec", "longest"),
     [
-        ("llama", NOISY),
-        ("llama", replace(NOISY, grad_checkpoint=True)),
-        ("llama", replace(NOISY, fine_tune_type="dora")),
-        ("llama", replace(NOISY, fine_tune_type="full")),
-        ("llama", replace(NOISY, num_layers=1)),
-        ("mixtral", NOISY),
+        ("llama", NOISY, 24),
+        ("llama", replace(NOISY, grad_checkpoint=True), 24),
+        ("llama", replace(NOISY, fine_tune_type="dora"), 24),
+        ("llama", replace(NOISY, fine_tune_type="full"), 24),
+        ("llama", replace(NOISY, num_layers=1), 24),
+        ("mixtral", NOISY, 24),
+        ("llama", NOISY, 200),
     ],
-    ids=["lora", "checkpointed", "dora", "full", "frozen below", "experts"],
+    ids=["lora", "checkpointed", "dora", "full", "frozen below", "experts", "attention in parts"],
 )
-def test_compiled_steps_are_the_plain_ones(tmp_path: Path, family: str, spec: Any) -> None:
+def test_compiled_steps_are_the_plain_ones(tmp_path: Path, family: str, spec: Any, longest: int) -> None:
     model = tiny_model(tmp_path / "model", family)
     # Several shapes, each met more than once, and never with the same noise: what is frozen into the compiled
     # function at its first call would show.
-    batches = random_batches(3, masked=True) * 2
+    batches = random_batches(3, masked=True, longest=longest) * 2
     optimizer = OptimizerSpec(learning_rate=1e-3)
     plain = InProcess(model, spec, optimizer).run(batches, accumulation=2)
     fast = InProcess(model, spec, optimizer, adapt=compiled).run(batches, accumulation=2)
