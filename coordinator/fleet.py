@@ -18,6 +18,7 @@ from coordinator.alone import load
 from coordinator.config import TrainConfig
 from coordinator.copies import Kept
 from coordinator.crew import Crew, Member, StopRequested, unless_stopped
+from coordinator.data.padding import positions_at_once
 from coordinator.data.tokenset import TokenSet
 from coordinator.discovery import SeenNode, Selection, parse_wanted, select, unusable
 from coordinator.distribution import distribute
@@ -584,6 +585,7 @@ class Fleet:
             hub=self._hub,
             gradient_dtype=self.gradient_dtype,
             local_steps=config.local_steps,
+            at_once=positions_at_once(config.fine_tune_type),
         )
 
     @property

@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from coordinator.division import cost_positions, divide, padded_lengths
+from coordinator.division import cost_positions, divide, group_rows, padded_lengths
+from coordinator.overlap import last_part, waits
 from coordinator.pace import Speed
 from coordinator.ring_order import Link, Links, best_order, ring_links, ring_seconds, streams_seconds
 from node.errors import TooFewNodes
 from node.info import GradientDtype
+from node.runs import run_count
 from node.sizes import show_size
 from node.spec import Int32
 
@@ -79,6 +81,7 @@ class JobFacts:
         hub: id of the machine that the coordinator runs on, or "".
         gradient_dtype: as what gradients are sent; ``auto`` where that is for the plan to say.
         local_steps: steps that share one reduction.
+        at_once: most input positions of a micro-batch of anybody, or None.
     """
 
     steps: tuple[Int32, ...]
@@ -91,6 +94,12 @@ class JobFacts:
     hub: str = ""
     gradient_dtype: GradientDtype | Literal["auto"] = "fp32"
     local_steps: int = 1
+    at_once: int | None = None
+
+    @property
+    def runs(self) -> int:
+        """In which a gradient travels, all but the last of them while the rest is computed."""
+        return run_count(self.gradient_bytes // 4) if self.local_steps == 1 else 1
 
     @property
     def sent_bytes(self) -> int:
@@ -130,7 +139,7 @@ class Plan:
         members: in the order of their ranks, which is that of the ring.
         step_rows: rows of the first typical step.
         compute_seconds: until the slowest member has computed its share, on average.
-        network_seconds: of the reduction.
+        network_seconds: of the reduction, but for what travels while the rest is computed.
         alone: name of the machine that would be fastest alone.
         alone_seconds: of its step.
         links: that the ring uses; one for two machines.
@@ -246,6 +255,21 @@ def _speed(candidate: Candidate) -> Speed:
     return candidate.speed
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One member's part of a step.
+
+    Attributes:
+        rows: of it.
+        seconds: to compute it.
+        last_seconds: to compute its last micro-batch.
+    """
+
+    rows: int
+    seconds: float
+    last_seconds: float
+
+
 class _Trial:
     """What sets of machines would give; each set is computed once.
 
@@ -258,13 +282,15 @@ class _Trial:
         self.job = job
         self.links = links
         self._known: dict[frozenset[str], float] = {}
+        self._computed: dict[tuple[tuple[str, ...], int], tuple[float, float]] = {}
 
     def seconds(self, members: Sequence[Candidate]) -> float:
         """Of a step; infinite where no ring can be made."""
         key = frozenset(member.id for member in members)
         if key not in self._known:
-            network = self.network_seconds(self.order(members))
-            self._known[key] = network + (self.compute(members) if math.isfinite(network) else 0.0)
+            order = self.order(members)
+            network = self.network_seconds(order)
+            self._known[key] = network + (self.compute(order) if math.isfinite(network) else 0.0)
         return self._known[key]
 
     def order(self, members: Sequence[Candidate]) -> list[Candidate]:
@@ -272,9 +298,19 @@ class _Trial:
         by_id = {member.id: member for member in members}
         return [by_id[i] for i in best_order(list(by_id), self.links, self.job.sent_bytes)]
 
-    def network_seconds(self, order: Sequence[Candidate], sent_bytes: int | None = None) -> float:
-        """A step's part of a reduction in this ring, or over the streams; of so many bytes, the job's unless told."""
-        return self.reduction_seconds(order, sent_bytes) / self.job.local_steps
+    def network_seconds(self, order: Sequence[Candidate], sent_bytes: int | None = None, times: int = 1) -> float:
+        """That a step waits for its reduction, in this ring or over the streams.
+
+        Args:
+            order: of the ring.
+            sent_bytes: of a gradient; the job's unless told.
+            times: of steps with so many times the rows.
+        """
+        size, runs = self.job.sent_bytes if sent_bytes is None else sent_bytes, self.job.runs
+        if runs == 1 or len(order) < 2:
+            return self.reduction_seconds(order, size) / self.job.local_steps
+        each = self.reduction_seconds(order, size // runs)
+        return waits(self._seconds(order, times)[1], each, runs) if math.isfinite(each) else each
 
     def reduction_seconds(self, order: Sequence[Candidate], sent_bytes: int | None = None) -> float:
         """Of all of a reduction."""
@@ -286,17 +322,40 @@ class _Trial:
 
     def compute(self, members: Sequence[Candidate], times: int = 1) -> float:
         """Until the slowest has computed its share, on average; of steps with so many times the rows."""
-        steps = [self.member_seconds(members, np.tile(step, times))[1] for step in self.job.steps]
-        return statistics.fmean(max(seconds) for seconds in steps)
+        return self._seconds(members, times)[0]
 
-    def member_seconds(self, members: Sequence[Candidate], lengths: Int32) -> tuple[list[int], list[float]]:
-        """Rows and seconds of each member."""
+    def _seconds(self, members: Sequence[Candidate], times: int) -> tuple[float, float]:
+        """Of the slowest member's share, and of its last micro-batch, on average."""
+        key = tuple(member.id for member in members), times
+        if key not in self._computed:
+            slowest = [
+                max(self.parts(members, np.tile(step, times)), key=lambda part: part.seconds) for step in self.job.steps
+            ]
+            self._computed[key] = (
+                statistics.fmean(part.seconds for part in slowest),
+                statistics.fmean(part.last_seconds for part in slowest),
+            )
+        return self._computed[key]
+
+    def parts(self, members: Sequence[Candidate], lengths: Int32) -> list[_Part]:
+        """Of each member of a step with such rows."""
         speeds = [_speed(member) for member in members]
         limits = [member.token_limit for member in members]
         padded = padded_lengths(lengths, self.job.max_seq_length)
-        rows = divide(lengths, self.job.max_seq_length, speeds, limits)
-        costs = [cost_positions(sorted(padded[own].tolist(), reverse=True)) for own in rows]
-        return [len(own) for own in rows], [speed.predict(cost) for speed, cost in zip(speeds, costs, strict=True)]
+        found = []
+        for member, own in zip(members, divide(lengths, self.job.max_seq_length, speeds, limits), strict=True):
+            longest_first = sorted(padded[own].tolist(), reverse=True)
+            seconds = _speed(member).predict(cost_positions(longest_first))
+            last = last_part(self._micro_batches(longest_first, member.token_limit))
+            found.append(_Part(len(own), seconds, seconds * last))
+        return found
+
+    def _micro_batches(self, longest_first: list[int], limit: int | None) -> list[int]:
+        """Input positions of the micro-batches of a share, given by the padded lengths of its rows."""
+        limits = [most for most in (limit, self.job.at_once) if most is not None]
+        sizes = group_rows(longest_first, min(limits, default=None), self.job.batch_size)
+        starts = itertools.accumulate(sizes, initial=0)
+        return [size * longest_first[start] for size, start in zip(sizes, starts, strict=False)]
 
     def why_slower(self, chosen: Sequence[Candidate], other: Candidate) -> str:
         """Why this machine is not among the chosen, with figures."""
@@ -309,16 +368,16 @@ class _Trial:
     def plan_of(self, chosen: Sequence[Candidate], able: Sequence[Candidate], left_out: tuple[LeftOut, ...]) -> Plan:
         """The plan for these members."""
         order = self.order(chosen)
-        measured = [self.member_seconds(order, step) for step in self.job.steps]
+        steps = [self.parts(order, step) for step in self.job.steps]
         members = tuple(
-            PlannedMember(member, measured[0][0][rank], statistics.fmean(seconds[rank] for _, seconds in measured))
+            PlannedMember(member, steps[0][rank].rows, statistics.fmean(parts[rank].seconds for parts in steps))
             for rank, member in enumerate(order)
         )
         fastest = min(able, key=lambda member: self.seconds([member]))
         result = Plan(
             members=members,
             step_rows=len(self.job.steps[0]),
-            compute_seconds=statistics.fmean(max(seconds) for _, seconds in measured),
+            compute_seconds=self.compute(order),
             network_seconds=self.network_seconds(order),
             alone=fastest.name,
             alone_seconds=self.seconds([fastest]),
@@ -378,7 +437,7 @@ class _Trial:
 
     def _ratio(self, members: Sequence[Candidate], able: Sequence[Candidate], times: int) -> float:
         alone = min(self.compute([member], times) for member in able)
-        return alone / (self.compute(members, times) + self.network_seconds(self.order(members)))
+        return alone / (self.compute(members, times) + self.network_seconds(self.order(members), times=times))
 
 
 def _choose(able: Sequence[Candidate], trial: _Trial, force_all: bool, required: set[str]) -> list[Candidate]:

@@ -99,7 +99,8 @@ def calibrate(runs: Sequence[tuple[Sequence[Measured], JobFacts]], network: Netw
     """Fit machines, and what a sum costs beside the network.
 
     Args:
-        runs: settled steps, each with what the job adds up; runs of one machine teach nothing of the sum.
+        runs: settled steps, each with what the job adds up; runs of one machine, and those whose gradients travel while
+            they are computed, teach nothing of the sum.
         network: between the machines, by their names.
 
     Raises:
@@ -118,8 +119,8 @@ def calibrate(runs: Sequence[tuple[Sequence[Measured], JobFacts]], network: Netw
     beyond = []
     for measured, job in runs:
         together = [step for step in measured if len(step.wait_seconds) > 1]
-        if not together:
-            continue
+        if not together or job.runs > 1:
+            continue  # of a sum that travels while the rest is computed, no time tells what it took
         ids = list(together[-1].wait_seconds)
         took = statistics.median(step.split.network_seconds for step in together if len(step.wait_seconds) == len(ids))
         wire = sum_seconds(ids, job, network, dataclasses.replace(costs, sum_seconds=0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -12,6 +13,7 @@ import numpy as np
 
 from coordinator.data.padding import Indices
 from coordinator.division import padded_lengths
+from coordinator.overlap import known_after, last_part
 from coordinator.pace import Pace, Speed
 from coordinator.planner import Candidate, JobFacts, StepSplit, network_waits, plan
 from coordinator.ring_order import best_order, ring_links
@@ -184,12 +186,17 @@ class _Rank:
         pace: as its steps have shown it.
         step: that it works on, or waits for.
         idle: whether it waits for the coordinator.
+        known, summed: runs of its step's gradient that it has computed, and that are added up.
+        summing: whether one is being added up.
     """
 
     machine: Machine
     pace: Pace
     step: int = 1
     idle: bool = True
+    known: int = 0
+    summed: int = 0
+    summing: bool = False
 
     @property
     def id(self) -> str:
@@ -230,12 +237,15 @@ class _Run:
     def _form(self, first: int) -> None:
         """Go on from a step with the ranks that there are."""
         ids = [rank.id for rank in self._ranks]
-        self._sums = make_sums(ids, self._job, self._network, self.clock, self._costs) if len(ids) > 1 else None
+        self._runs = self._job.runs if len(ids) > 1 else 1
+        run = dataclasses.replace(self._job, gradient_bytes=-(-self._job.gradient_bytes // self._runs))
+        self._sums = make_sums(ids, run, self._network, self.clock, self._costs) if len(ids) > 1 else None
         self._reports: dict[int, _Reports] = {}
         self._positions: dict[int, dict[str, int]] = {}
+        self._last: dict[int, dict[str, float]] = {}
         self._sent = first - 1
         for rank in self._ranks:
-            rank.step, rank.idle = first, True
+            rank.step, rank.idle, rank.summing = first, True, False
         self._send()
 
     def _lose(self, machine: str) -> None:
@@ -260,13 +270,15 @@ class _Run:
         """Divide the next steps, a few ahead, and wake who waits for them."""
         while self._sent < min(self._total, len(self.steps) + STEPS_AHEAD):
             self._sent += 1
-            self._positions[self._sent] = self._divided(self._sent)
+            parts = self._divided(self._sent)
+            self._positions[self._sent] = {rank: sum(positions) for rank, positions in parts.items()}
+            self._last[self._sent] = {rank: last_part(positions) for rank, positions in parts.items()}
         for rank in self._ranks:
             if rank.idle and rank.step <= self._sent:
                 self._begin(rank)
 
-    def _divided(self, number: int) -> dict[str, int]:
-        """Input positions of each rank's share."""
+    def _divided(self, number: int) -> dict[str, list[int]]:
+        """Input positions of the micro-batches of each rank."""
         job, lengths = self._job, self._lengths(number)
         parts = micro_batched(
             lengths,
@@ -274,6 +286,7 @@ class _Run:
             [rank.pace.now for rank in self._ranks],
             [rank.machine.candidate.token_limit for rank in self._ranks],
             most_rows=job.batch_size,
+            at_once=job.at_once,
         )
         padded = padded_lengths(lengths, job.max_seq_length)
         return {rank.id: _positions(padded, own) for rank, own in zip(self._ranks, parts, strict=True)}
@@ -284,6 +297,7 @@ class _Run:
     def _finish(self, number: int) -> None:
         """A step is done: learn from it."""
         reports, positions = self._reports.pop(number), self._positions.pop(number)
+        del self._last[number]
         for rank in self._ranks:
             if rank.id in reports.wait:
                 rank.pace = rank.pace.observed(positions[rank.id], reports.compute[rank.id])
@@ -302,16 +316,35 @@ class _Run:
             seconds *= math.exp(noise * self._noise[rank.id].standard_normal() - noise * noise / 2)
         seconds = _stretched(machine, self.clock.now, seconds)
         self._reports.setdefault(number, _Reports()).compute[rank.id] = seconds
-        self._later(seconds, lambda: self._computed(rank, number))
+        computed, last = self.clock.now + seconds, seconds * self._last[number][rank.id]
+        rank.known, rank.summed = 0, 0
+        for run in range(1, self._runs + 1):
+            left = last * (1 - known_after(run, self._runs))
+            self._later(seconds - left, lambda: self._known(rank, number, computed))
 
-    def _computed(self, rank: _Rank, number: int) -> None:
-        computed, group = self.clock.now, self._group
+    def _known(self, rank: _Rank, number: int, computed: float) -> None:
+        """A rank has one run more of a step's gradient, which is all computed at a time."""
+        rank.known += 1
+        self._give(rank, number, computed)
+
+    def _give(self, rank: _Rank, number: int, computed: float) -> None:
+        """Enter the next sum, where there is something to give."""
+        group = self._group
 
         def summed() -> None:
-            if group == self._group:
+            if group != self._group:
+                return
+            rank.summing = False
+            rank.summed += 1
+            if rank.summed == self._runs:
                 wait = self.clock.now - computed
                 self._later(self._costs.apply_seconds, lambda: self._applied(rank, number, wait))
+            else:
+                self._give(rank, number, computed)
 
+        if rank.summing or rank.summed == rank.known:
+            return
+        rank.summing = True
         if self._sums is None:
             summed()
         else:
@@ -338,8 +371,8 @@ def _speed(machine: Machine) -> Speed:
     return machine.candidate.speed
 
 
-def _positions(padded: Indices, parts: Sequence[Indices]) -> int:
-    return sum(len(part) * int(padded[part].max()) for part in parts)
+def _positions(padded: Indices, parts: Sequence[Indices]) -> list[int]:
+    return [len(part) * int(padded[part].max()) for part in parts]
 
 
 def _stretched(machine: Machine, begin: float, seconds: float) -> float:

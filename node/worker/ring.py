@@ -24,21 +24,17 @@ import numpy as np
 
 from node.events import Event, Synchronised
 from node.info import GradientDtype
+from node.runs import BUCKET_FLOATS, run_count
 from node.spec import RingSpec, Share
 from node.worker.adder import Adder, Floats, Limit, ReductionFailed, Rounding
 from node.worker.rounds import LocalStep, RoundSums
 from node.worker.trainer import Arrays, Published, Trainer, to_ask_for
 
-BUCKET_FLOATS = 64 << 20
 # Counts go as two numbers below this and their multiples: fp32 holds whole numbers up to 2**24 exactly.
 COUNT_BASE = 4096
 DIGEST_WORDS = 3
 DIGEST_WORD_BYTES = 3
 LOSS_AND_COUNT = 3
-# Of a gradient that travels while the rest of it is computed: so many runs, none smaller than so many numbers, so that
-# a sum's latency is little beside what it saves.
-MOST_RUNS = 4
-LEAST_RUN_FLOATS = 256 << 10
 
 
 class Ring:
@@ -344,11 +340,11 @@ def _runs(sizes: Mapping[str, int], room: int) -> list[list[str]]:
         room: for how many numbers there is.
     """
     total = sum(sizes.values())
-    count = 1 if total > room else min(MOST_RUNS, total // LEAST_RUN_FLOATS)
+    count = 1 if total > room else run_count(total)
     runs: list[list[str]] = [[]]
     done = 0
     for name, size in sizes.items():
-        if done >= total * len(runs) / max(count, 1):
+        if done >= total * len(runs) / count:
             runs.append([])
         runs[-1].append(name)
         done += size

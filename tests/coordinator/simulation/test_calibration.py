@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,9 @@ from tests.coordinator.simulation.made import machine, network
 
 RANDOM = np.random.default_rng(5)
 ROWS = tuple(np.clip(RANDOM.lognormal(5, 0.6, 24), 8, 1024).astype(np.int32) for _ in range(8))
-JOB = JobFacts(ROWS, 2048, 24, 1, 12 << 20)
+JOB = JobFacts(ROWS, 2048, 24, 1, 1 << 20)
 COSTS = Costs(apply_seconds=0.03, sum_seconds=0.04)
-NETWORK = network(["a", "b", "c"], 3e8, 1e-3)
+NETWORK = network(["a", "b", "c"], 3e7, 1e-3)
 FLEET = [machine("a", 2000, 0.05, noise=0.04), machine("b", 1200, 0.05, noise=0.04), machine("c", 700, 0.1, noise=0.04)]
 
 
@@ -44,8 +45,8 @@ def metrics(steps: Sequence[Step]) -> list[dict[str, Any]]:
     ]
 
 
-def measured(machines: Sequence[Machine], seed: int = 1) -> list[Measured]:
-    found = simulate(machines, JOB, NETWORK, COSTS, steps=40, seed=seed, everyone=True)
+def measured(machines: Sequence[Machine], seed: int = 1, job: JobFacts = JOB) -> list[Measured]:
+    found = simulate(machines, job, NETWORK, COSTS, steps=40, seed=seed, everyone=True)
     return measured_steps(metrics(found.steps))
 
 
@@ -66,6 +67,13 @@ def test_runs_of_one_and_two_predict_three() -> None:
     predicted = simulate(machines, JOB, NETWORK, known.costs, steps=40, everyone=True)
     truly = simulate(FLEET, JOB, NETWORK, COSTS, steps=40, seed=9, everyone=True)
     assert predicted.step_seconds == pytest.approx(truly.step_seconds, rel=0.05)
+
+
+def test_sums_that_travel_while_the_rest_is_computed_do_not_tell_what_they_cost() -> None:
+    large = dataclasses.replace(JOB, gradient_bytes=12 << 20)
+    known = calibrate([(measured(FLEET[:2], job=large), large)], NETWORK)
+    assert known.costs == Costs(apply_seconds=known.costs.apply_seconds)
+    assert known.costs.apply_seconds == pytest.approx(0.03)
 
 
 def test_the_first_steps_of_each_group_teach_nothing() -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from coordinator import engine
+from coordinator.overlap import waits
 from coordinator.planner import JobFacts, plan
+from coordinator.ring_order import ring_seconds
 from coordinator.simulation import steps
 from coordinator.simulation.steps import REGROUP_SECONDS, Slowdown, simulate
 from coordinator.simulation.sums import Costs
@@ -46,6 +48,29 @@ def test_who_waits_and_how_long() -> None:
     found = simulate([machine("a"), machine("b")], job(3), network(["a", "b"], 1e12), FREE, steps=5, everyone=True)
     assert found.waiting_seconds == pytest.approx(0.256 / 2, rel=0.01)
     assert found.network_seconds == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("bits_per_second", [4e7, 2e8, 1e9, 1e11])
+@pytest.mark.parametrize("at_once", [None, 1024])
+def test_large_gradients_travel_while_the_rest_is_computed(bits_per_second: float, at_once: int | None) -> None:
+    ids, facts = names(2), job(16, gradient_bytes=8 << 20, at_once=at_once)
+    links = network(ids, bits_per_second)
+    found = simulate([machine(i) for i in ids], facts, links, FREE, steps=4, everyone=True)
+    last = 8 * 256 / 1000 if at_once is None else 4 * 256 / 1000
+    each = ring_seconds(ids, links.links, facts.gradient_bytes // 4, 0.0)
+    assert found.network_seconds == pytest.approx(waits(last, each, 4), rel=0.02, abs=1e-3)
+    planned = plan([machine(i).candidate for i in ids], facts, links.links, force_all=True)
+    assert planned.network_seconds == pytest.approx(waits(last, each + facts.reduction_seconds, 4))
+    assert found.compute_seconds == pytest.approx(planned.compute_seconds)
+
+
+def test_small_gradients_and_rounds_do_not() -> None:
+    ids = names(2)
+    for facts, reductions in ((job(gradient_bytes=1 << 20), 1), (job(gradient_bytes=8 << 20, local_steps=16), 16)):
+        links = network(ids, 2e8)
+        planned = plan([machine(i).candidate for i in ids], facts, links.links, force_all=True)
+        whole = ring_seconds(ids, links.links, facts.gradient_bytes, facts.reduction_seconds)
+        assert planned.network_seconds == pytest.approx(whole / reductions)
 
 
 def test_the_same_seed_gives_the_same_steps() -> None:
