@@ -26,6 +26,8 @@ SMALL_VOCABULARY, LARGE_VOCABULARY = 4096, 32768
 SAME_ROWS, SAME_LENGTH, SAME_STEPS = 8, 64, 6
 MEMORY_LENGTH = 512
 BLOCKS = 4
+# Of so many the head is as much of a step as in models of 8 B parameters; of four, as in models of 1 B.
+DEEP = 12
 FLAT_STEPS, FLAT_FROM = 2000, 500
 
 
@@ -40,10 +42,11 @@ class Case:
         vocabulary: rows of the embedding.
         masked: trained on the completion alone, a quarter of each row.
         quantize: bits of the base; 0 trains on fp32.
-        trained: blocks that are trained, of four.
+        trained: blocks that are trained.
         epochs: passes over the rows.
         goal: least ratio of real tokens per second.
         memory_goal: most of the ratio of peak memory above the weights, or None.
+        blocks: of the model.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Case:
     epochs: int = 1
     goal: float | None = None
     memory_goal: float | None = None
+    blocks: int = BLOCKS
 
 
 CASES = (
@@ -107,7 +111,7 @@ def _peak(iterations: list[Iteration]) -> float:
 
 def _second_epoch(folder: Path, pairs: int) -> Figure:
     """Half of the blocks are frozen below: what they gave in the first epoch is read in the second."""
-    case = Case("epochs", 48, 160, SMALL_VOCABULARY, trained=BLOCKS // 2)
+    case = Case("epochs", 48, 160, SMALL_VOCABULARY, trained=DEEP // 2, blocks=DEEP)
     work, epoch = workload_of(folder, case), case.rows // BATCH
     ratios = []
     for pair in range(pairs):
@@ -147,7 +151,7 @@ def workload_of(folder: Path, case: Case, hidden: int = 512) -> Workload:
         folder / "model",
         "llama",
         vocab_size=case.vocabulary,
-        layers=BLOCKS,
+        layers=case.blocks,
         hidden=hidden,
         quantize=case.quantize or None,
     )
