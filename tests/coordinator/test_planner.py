@@ -191,13 +191,13 @@ def test_a_slow_network_is_said() -> None:
 @pytest.mark.parametrize(
     ("link", "asked", "chosen", "line"),
     [
-        (Link(0.4e9, 0.001), "auto", "bf16", "gradients travel as bf16: 33 ms of network a step instead of 0.13 s;"),
-        (Link(0.4e9, 0.001), "bf16", "bf16", "gradients travel as bf16: 33 ms of network a step instead of 0.13 s;"),
+        (Link(0.4e9, 0.001), "auto", "bf16", "gradients travel as bf16: 52 ms of network a step instead of 0.16 s;"),
+        (Link(0.4e9, 0.001), "bf16", "bf16", "gradients travel as bf16: 52 ms of network a step instead of 0.16 s;"),
         (
             Link(0.4e9, 0.001),
             "fp32",
             "fp32",
-            "gradients as bf16 would take 33 ms of network a step instead of 0.13 s: ",
+            "gradients as bf16 would take 52 ms of network a step instead of 0.16 s: ",
         ),
         (FAST, "auto", "fp32", ""),
         (FAST, "fp32", "fp32", ""),

@@ -3,10 +3,10 @@
 ``TANDEM_TEST_FAULTS`` is a list of objects: ``do``; ``step``, or ``"at": "fuse"``; and, for those that take time,
 ``seconds``. Each happens once in the life of the folder ``TANDEM_TEST_FAULTS_DONE``, however many workers come after
 the first. ``{"at": "model", "do": "bend"}`` changes a byte of a model file that arrives in the node's daemon.
-Some are no faults: ``{"do": "pace", "overhead": …, "per_position": …}`` has every share take that long, as on a slower
-machine. ``{"do": "device", "seconds": …}`` has it take as long as on a device that leaves the processor free, and whose
-backward pass, half of that time, knows each gradient in its turn. ``{"do": "one run"}`` adds gradients up at once,
-after all of them are computed.
+Some are no faults: ``{"do": "pace", "overhead": …, "per_position": …}`` has every share take that long, and
+``{"do": "device", "seconds": …}`` as long whatever its rows, as on a device that leaves the processor free, and whose
+backward pass, half of a micro-batch's time, knows each gradient in its turn. ``{"do": "one run"}`` adds gradients up at
+once, after all of them are computed.
 """
 
 import importlib.abc
@@ -24,13 +24,24 @@ TRAINER, RING, REDUCER = "node.worker.trainer", "node.worker.ring", "node.worker
 EXPORT, STORE = "node.worker.export", "node.store"
 
 
-DEVICE_SECONDS = next((fault["seconds"] for fault in FAULTS if fault["do"] == "device"), 0.0)
+PACE = next((fault for fault in FAULTS if fault["do"] in ("device", "pace")), {})
 AT_ONCE = any(fault["do"] == "one run" for fault in FAULTS)
-BEGAN = {"share": 0.0}
+COMPUTING = {"until": 0.0, "last": 0.0}
 
 
 def sleep_until(at):
     time.sleep(max(0.0, at - time.perf_counter()))
+
+
+def paced(share):
+    """Seconds that a share is to take, and its last micro-batch."""
+    positions = [len(rows.lengths) * rows.padded_length for rows in share.micro_batches]
+    if "seconds" in PACE:
+        return PACE["seconds"], PACE["seconds"]
+    if not PACE or not positions:
+        return 0.0, 0.0
+    seconds = PACE["overhead"] + sum(positions) * PACE["per_position"]
+    return seconds, seconds * positions[-1] / sum(positions)
 
 
 def first_time(number):
@@ -92,6 +103,8 @@ def wrap_export(export):
 
 
 def wrap_trainer(trainer):
+    from node.runs import run_count
+
     plain, local = trainer.Trainer.run, trainer.Trainer.run_local
     accumulate = trainer.Trainer._accumulate
 
@@ -109,19 +122,19 @@ def wrap_trainer(trainer):
         return local(self, share)
 
     def slowed(self, share, **options):
-        BEGAN["share"] = began = time.perf_counter()
+        began = time.perf_counter()
+        seconds, COMPUTING["last"] = paced(share)
+        COMPUTING["until"] = began + seconds
         result = accumulate(self, share, **options)
         trainer.mx.eval(*result[:2])
         for number, fault in enumerate(FAULTS):
             if fault["do"] == "slow" and fault["step"] <= share.step < fault["step"] + fault["steps"]:
                 time.sleep(9 * (time.perf_counter() - began))
-            if fault["do"] == "pace" and share.micro_batches:
-                positions = sum(len(rows.lengths) * rows.padded_length for rows in share.micro_batches)
-                sleep_until(began + fault["overhead"] + positions * fault["per_position"])
             if fault.get("step") == share.step and fault.get("at") == "sum" and first_time(number):
                 happen(fault)
-        if AT_ONCE or options:  # a probe adds nothing up
-            sleep_until(began + DEVICE_SECONDS)
+        # A probe adds nothing up.
+        if AT_ONCE or options or run_count(sum(gradient.size for gradient in result[0].values())) == 1:
+            sleep_until(COMPUTING["until"])
         return result
 
     trainer.Trainer.run, trainer.Trainer.run_local = run, run_local
@@ -149,7 +162,9 @@ def wrap_reducer(reducer):
     plain = reducer.ReducerAdder.begin
 
     def begin(self, first, count, step, rounding=None):
-        sleep_until(BEGAN["share"] + DEVICE_SECONDS * (1 + (first + count) / len(self.numbers)) / 2)
+        # The second half of a micro-batch is the way back, which knows one gradient after the other.
+        left = 1 - (first + count) / len(self.numbers)
+        sleep_until(COMPUTING["until"] - COMPUTING["last"] * left / 2)
         plain(self, first, count, step, rounding)
 
     reducer.ReducerAdder.begin = begin
