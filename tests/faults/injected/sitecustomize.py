@@ -132,8 +132,9 @@ def wrap_trainer(trainer):
                 time.sleep(9 * (time.perf_counter() - began))
             if fault.get("step") == share.step and fault.get("at") == "sum" and first_time(number):
                 happen(fault)
-        # A probe adds nothing up.
-        if AT_ONCE or options or run_count(sum(gradient.size for gradient in result[0].values())) == 1:
+        # A probe adds nothing up, nor does a machine alone.
+        nothing_travels = bool(options) or self.reduce is trainer.alone
+        if AT_ONCE or nothing_travels or run_count(sum(gradient.size for gradient in result[0].values())) == 1:
             sleep_until(COMPUTING["until"])
         return result
 
