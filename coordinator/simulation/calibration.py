@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.pace import Speed
-from coordinator.planner import JobFacts, StepSplit, network_waits
+from coordinator.planner import Candidate, JobFacts, StepSplit, network_waits
 from coordinator.ring_order import BUCKET_BYTES
 from coordinator.simulation.network import Network
+from coordinator.simulation.steps import Machine, simulate
 from coordinator.simulation.sums import Costs, sum_seconds
 from node.errors import UserError
 
 WARM_UP = 3
 """Steps at the beginning of a run, and after its ranks have changed, that teach nothing: memory and shapes are new."""
 FEWEST_STEPS = 3
+BISECTIONS, TRIED_STEPS = 12, 8
 OUTLIER_TIMES = 3.0
 """A share that took so many times the usual is not the machine's noise: it slept, or was used for something else."""
 ALONE = "this Mac"
@@ -99,8 +101,7 @@ def calibrate(runs: Sequence[tuple[Sequence[Measured], JobFacts]], network: Netw
     """Fit machines, and what a sum costs beside the network.
 
     Args:
-        runs: settled steps, each with what the job adds up; runs of one machine, and those whose gradients travel while
-            they are computed, teach nothing of the sum.
+        runs: settled steps, each with what the job adds up; runs of one machine teach nothing of the sum.
         network: between the machines, by their names.
 
     Raises:
@@ -116,18 +117,40 @@ def calibrate(runs: Sequence[tuple[Sequence[Measured], JobFacts]], network: Netw
     names = sorted({name for step in steps for name in step.positions})
     machines = {name: fitted for name in names if (fitted := _fit(name, steps)) is not None}
     costs = dataclasses.replace(costs, apply_seconds=statistics.median(_apply_seconds(step) for step in steps))
-    beyond = []
-    for measured, job in runs:
-        together = [step for step in measured if len(step.wait_seconds) > 1]
-        if not together or job.runs > 1:
-            continue  # of a sum that travels while the rest is computed, no time tells what it took
-        ids = list(together[-1].wait_seconds)
-        took = statistics.median(step.split.network_seconds for step in together if len(step.wait_seconds) == len(ids))
-        wire = sum_seconds(ids, job, network, dataclasses.replace(costs, sum_seconds=0.0))
-        beyond.append((took - wire) / max(1, -(-job.gradient_bytes // BUCKET_BYTES)))
+    beyond = [
+        _sum_seconds(together, job, network, costs, machines)
+        for measured, job in runs
+        if (together := [step for step in measured if len(step.wait_seconds) > 1])
+    ]
     if beyond:
         costs = dataclasses.replace(costs, sum_seconds=max(0.0, statistics.fmean(beyond)))
     return Calibration(machines, costs)
+
+
+def _sum_seconds(
+    together: Sequence[Measured],
+    job: JobFacts,
+    network: Network,
+    costs: Costs,
+    machines: Mapping[str, Fitted],
+) -> float:
+    """What each bucket or run of a sum cost beside the network, in these steps of several machines."""
+    ids = list(together[-1].wait_seconds)
+    same = [step for step in together if len(step.wait_seconds) == len(ids)]
+    took = statistics.median(step.split.network_seconds for step in same)
+    one = dataclasses.replace(job, gradient_bytes=-(-job.gradient_bytes // job.runs))
+    wire = sum_seconds(ids, one, network, dataclasses.replace(costs, sum_seconds=0.0))
+    if job.runs == 1 or not machines.keys() >= set(ids):
+        return (took - wire) / max(1, -(-job.gradient_bytes // BUCKET_BYTES), job.runs)
+    # A part of it was over before the computing was: the cost with which as much is left as was seen.
+    members = [Machine(Candidate(name, name, None, 0, None, machines[name].speed)) for name in ids]
+    low, high = 0.0, took
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        tried = dataclasses.replace(costs, sum_seconds=middle)
+        found = simulate(members, job, network, tried, steps=TRIED_STEPS, everyone=True)
+        low, high = (middle, high) if found.network_seconds < took else (low, middle)
+    return low
 
 
 def _fit(name: str, steps: Sequence[Measured]) -> Fitted | None:

@@ -63,7 +63,7 @@ def test_the_estimate_is_the_commands(inputs: Path, capsys: pytest.CaptureFixtur
 
 
 def test_an_estimate_that_is_too_much_says_what_helps(inputs: Path) -> None:
-    found = estimate(str(inputs / "model"), batch_size=4096, memory=1 << 30)
+    found = estimate(str(inputs / "model"), batch_size=4096, memory=800 << 20)
     assert found.fits is False
     assert found.advice is not None
     assert found.advice.best is not None

@@ -69,11 +69,15 @@ def test_runs_of_one_and_two_predict_three() -> None:
     assert predicted.step_seconds == pytest.approx(truly.step_seconds, rel=0.05)
 
 
-def test_sums_that_travel_while_the_rest_is_computed_do_not_tell_what_they_cost() -> None:
-    large = dataclasses.replace(JOB, gradient_bytes=12 << 20)
+@pytest.mark.parametrize("megabytes", [4, 12])
+def test_sums_that_travel_while_the_rest_is_computed_tell_what_they_cost(megabytes: int) -> None:
+    large = dataclasses.replace(JOB, gradient_bytes=megabytes << 20)
     known = calibrate([(measured(FLEET[:2], job=large), large)], NETWORK)
-    assert known.costs == Costs(apply_seconds=known.costs.apply_seconds)
     assert known.costs.apply_seconds == pytest.approx(0.03)
+    again = simulate(FLEET[:2], large, NETWORK, known.costs, steps=40, everyone=True)
+    truly = simulate(FLEET[:2], large, NETWORK, COSTS, steps=40, everyone=True)
+    assert again.network_seconds == pytest.approx(truly.network_seconds, rel=0.1)
+    assert again.step_seconds == pytest.approx(truly.step_seconds, rel=0.05)
 
 
 def test_the_first_steps_of_each_group_teach_nothing() -> None:
