@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -42,10 +41,11 @@ def attend_in_parts(model: nn.Module) -> None:
 
     In this process all models of these architectures do from now on; ``attention`` gives what that function does.
     """
-    for python_module in {type(module).__module__ for _, module in model.named_modules()}:
-        namespace = vars(sys.modules[python_module])
-        if namespace.get("scaled_dot_product_attention") is base.scaled_dot_product_attention:
-            namespace["scaled_dot_product_attention"] = attention
+    # A model's own file (``trust_remote_code``) is no module that Python knows; its functions have its names.
+    namespaces = [getattr(type(module).__call__, "__globals__", {}) for _, module in model.named_modules()]
+    for names in namespaces:
+        if names.get("scaled_dot_product_attention") is base.scaled_dot_product_attention:
+            names["scaled_dot_product_attention"] = attention
 
 
 def attention(

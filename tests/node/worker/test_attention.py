@@ -165,3 +165,24 @@ def test_every_architecture(tmp_path: Path, calls: list[tuple[int, ...]], family
     for name, gradient in wanted.items():
         most = mx.maximum(mx.abs(gradient).max(), 1e-3)
         assert (mx.abs(found[name] - gradient).max() / most).item() < 1e-4, name  # type: ignore[operator]
+
+
+OWN_CODE = """
+import mlx.nn as nn
+from mlx_lm.models.base import scaled_dot_product_attention
+
+class Attending(nn.Module):
+    def __call__(self, x):
+        return scaled_dot_product_attention(x, x, x, cache=None, scale=0.3, mask="causal")
+"""
+
+
+def test_a_models_own_file_is_no_module_of_python(calls: list[tuple[int, ...]]) -> None:
+    names: dict[str, Any] = {"__name__": "custom_model"}
+    exec(OWN_CODE, names)  # as ``mlx_lm`` runs it
+    model, (x, *_) = names["Attending"](), drawn(LONG, 4, 4, 16, 16, mx.float32)
+    wanted = model(x)
+    attention.attend_in_parts(model)
+    with for_gradients():
+        assert mx.allclose(model(x), wanted, atol=1e-5)
+    assert calls == [x.shape]
