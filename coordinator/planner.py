@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from coordinator.division import cost_positions, divide, group_rows, padded_lengths
+from coordinator.division import cost_positions, padded_lengths
 from coordinator.overlap import last_part, waits
 from coordinator.pace import Speed
 from coordinator.ring_order import Link, Links, best_order, ring_links, ring_seconds, streams_seconds
+from coordinator.shares import micro_batched, positions_of
 from node.errors import TooFewNodes
 from node.info import GradientDtype
 from node.runs import run_count
@@ -339,23 +340,22 @@ class _Trial:
 
     def parts(self, members: Sequence[Candidate], lengths: Int32) -> list[_Part]:
         """Of each member of a step with such rows."""
-        speeds = [_speed(member) for member in members]
-        limits = [member.token_limit for member in members]
-        padded = padded_lengths(lengths, self.job.max_seq_length)
+        job, speeds = self.job, [_speed(member) for member in members]
+        padded = padded_lengths(lengths, job.max_seq_length)
+        shares = micro_batched(
+            lengths,
+            job.max_seq_length,
+            speeds,
+            [member.token_limit for member in members],
+            most_rows=job.batch_size,
+            at_once=job.at_once,
+        )
         found = []
-        for member, own in zip(members, divide(lengths, self.job.max_seq_length, speeds, limits), strict=True):
-            longest_first = sorted(padded[own].tolist(), reverse=True)
-            seconds = _speed(member).predict(cost_positions(longest_first))
-            last = last_part(self._micro_batches(longest_first, member.token_limit))
-            found.append(_Part(len(own), seconds, seconds * last))
+        for speed, share in zip(speeds, shares, strict=True):
+            longest_first = sorted((int(padded[row]) for part in share for row in part), reverse=True)
+            seconds = speed.predict(cost_positions(longest_first))
+            found.append(_Part(len(longest_first), seconds, seconds * last_part(positions_of(padded, share))))
         return found
-
-    def _micro_batches(self, longest_first: list[int], limit: int | None) -> list[int]:
-        """Input positions of the micro-batches of a share, given by the padded lengths of its rows."""
-        limits = [most for most in (limit, self.job.at_once) if most is not None]
-        sizes = group_rows(longest_first, min(limits, default=None), self.job.batch_size)
-        starts = itertools.accumulate(sizes, initial=0)
-        return [size * longest_first[start] for size, start in zip(sizes, starts, strict=False)]
 
     def why_slower(self, chosen: Sequence[Candidate], other: Candidate) -> str:
         """Why this machine is not among the chosen, with figures."""

@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-BUCKET_BYTES = 256 << 20
+from node.runs import BUCKET_FLOATS
+
+BUCKET_BYTES = 4 * BUCKET_FLOATS
 EVERY_ORDER_MEMBERS = 8
 
 

@@ -64,6 +64,11 @@ def micro_batched(
     return found
 
 
+def positions_of(padded: Indices, micro_batches: Sequence[Indices]) -> list[int]:
+    """Input positions of micro-batches, given by indices in the padded lengths of the rows."""
+    return [len(part) * int(padded[part].max()) for part in micro_batches]
+
+
 def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 

@@ -138,10 +138,11 @@ def _sum_seconds(
     ids = list(together[-1].wait_seconds)
     same = [step for step in together if len(step.wait_seconds) == len(ids)]
     took = statistics.median(step.split.network_seconds for step in same)
-    one = dataclasses.replace(job, gradient_bytes=-(-job.gradient_bytes // job.runs))
-    wire = sum_seconds(ids, one, network, dataclasses.replace(costs, sum_seconds=0.0))
-    if job.runs == 1 or not machines.keys() >= set(ids):
-        return (took - wire) / max(1, -(-job.gradient_bytes // BUCKET_BYTES), job.runs)
+    if job.runs == 1:
+        wire = sum_seconds(ids, job, network, dataclasses.replace(costs, sum_seconds=0.0))
+        return (took - wire) / max(1, -(-job.gradient_bytes // BUCKET_BYTES))
+    if not machines.keys() >= set(ids):
+        return costs.sum_seconds  # when one was ready that never had any rows, nobody knows
     # A part of it was over before the computing was: the cost with which as much is left as was seen.
     members = [Machine(Candidate(name, name, None, 0, None, machines[name].speed)) for name in ids]
     low, high = 0.0, took

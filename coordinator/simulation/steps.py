@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coordinator.data.padding import Indices
 from coordinator.division import padded_lengths
 from coordinator.overlap import known_after, last_part
 from coordinator.pace import Pace, Speed
 from coordinator.planner import Candidate, JobFacts, StepSplit, network_waits, plan
 from coordinator.ring_order import best_order, ring_links
-from coordinator.shares import micro_batched
+from coordinator.shares import micro_batched, positions_of
 from coordinator.simulation.clock import Clock
 from coordinator.simulation.network import Network
 from coordinator.simulation.sums import Costs, make_sums
@@ -241,8 +240,7 @@ class _Run:
         run = dataclasses.replace(self._job, gradient_bytes=-(-self._job.gradient_bytes // self._runs))
         self._sums = make_sums(ids, run, self._network, self.clock, self._costs) if len(ids) > 1 else None
         self._reports: dict[int, _Reports] = {}
-        self._positions: dict[int, dict[str, int]] = {}
-        self._last: dict[int, dict[str, float]] = {}
+        self._shares: dict[int, dict[str, list[int]]] = {}
         self._sent = first - 1
         for rank in self._ranks:
             rank.step, rank.idle, rank.summing = first, True, False
@@ -270,9 +268,7 @@ class _Run:
         """Divide the next steps, a few ahead, and wake who waits for them."""
         while self._sent < min(self._total, len(self.steps) + STEPS_AHEAD):
             self._sent += 1
-            parts = self._divided(self._sent)
-            self._positions[self._sent] = {rank: sum(positions) for rank, positions in parts.items()}
-            self._last[self._sent] = {rank: last_part(positions) for rank, positions in parts.items()}
+            self._shares[self._sent] = self._divided(self._sent)
         for rank in self._ranks:
             if rank.idle and rank.step <= self._sent:
                 self._begin(rank)
@@ -289,15 +285,15 @@ class _Run:
             at_once=job.at_once,
         )
         padded = padded_lengths(lengths, job.max_seq_length)
-        return {rank.id: _positions(padded, own) for rank, own in zip(self._ranks, parts, strict=True)}
+        return {rank.id: positions_of(padded, own) for rank, own in zip(self._ranks, parts, strict=True)}
 
     def _lengths(self, number: int) -> Int32:
         return self._job.steps[(number - 1) % len(self._job.steps)]
 
     def _finish(self, number: int) -> None:
         """A step is done: learn from it."""
-        reports, positions = self._reports.pop(number), self._positions.pop(number)
-        del self._last[number]
+        reports, shares = self._reports.pop(number), self._shares.pop(number)
+        positions = {rank: sum(share) for rank, share in shares.items()}
         for rank in self._ranks:
             if rank.id in reports.wait:
                 rank.pace = rank.pace.observed(positions[rank.id], reports.compute[rank.id])
@@ -311,12 +307,13 @@ class _Run:
         rank.idle = False
         number = rank.step
         machine, noise = rank.machine, rank.machine.noise
-        seconds = _speed(machine).predict(self._positions[number][rank.id])
+        share = self._shares[number][rank.id]
+        seconds = _speed(machine).predict(sum(share))
         if seconds and noise:
             seconds *= math.exp(noise * self._noise[rank.id].standard_normal() - noise * noise / 2)
         seconds = _stretched(machine, self.clock.now, seconds)
         self._reports.setdefault(number, _Reports()).compute[rank.id] = seconds
-        computed, last = self.clock.now + seconds, seconds * self._last[number][rank.id]
+        computed, last = self.clock.now + seconds, seconds * last_part(share)
         rank.known, rank.summed = 0, 0
         for run in range(1, self._runs + 1):
             left = last * (1 - known_after(run, self._runs))
@@ -369,10 +366,6 @@ class _Run:
 def _speed(machine: Machine) -> Speed:
     assert machine.candidate.speed is not None, "the planner leaves out machines without a speed"
     return machine.candidate.speed
-
-
-def _positions(padded: Indices, parts: Sequence[Indices]) -> list[int]:
-    return [len(part) * int(padded[part].max()) for part in parts]
 
 
 def _stretched(machine: Machine, begin: float, seconds: float) -> float:

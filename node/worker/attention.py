@@ -71,8 +71,8 @@ def attention(
     Returns:
         (rows, heads, length, features) of the values' width.
     """
-    plain = mask == "causal" if isinstance(mask, str) else False
-    if _for_gradients.get() and plain and cache is None and sinks is None:
+    causal = isinstance(mask, str) and mask == "causal"
+    if _for_gradients.get() and causal and cache is None and sinks is None:
         same = queries.dtype == keys.dtype == values.dtype and queries.shape[2] == keys.shape[2]
         parts = query_parts(queries.shape[2], gpu=mx.default_device().type == mx.gpu)
         if same and len(parts) > 1:

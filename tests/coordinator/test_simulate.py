@@ -106,8 +106,8 @@ def test_a_run_tells_its_machines_and_links(capsys: pytest.CaptureFixture[str], 
     assert own["step_seconds"] == pytest.approx(1.25, rel=0.1)
     assert own["network_seconds"] == pytest.approx(0.2, rel=0.1)
     faster = figures(capsys, "--run", str(tmp_path), "--link", "Air - Studio: thunderbolt")["rows"][-1]
-    # Of its four runs only the last is waited for: 28 ms of transfer, beside what adding it up costs.
-    assert faster["network_seconds"] < own["network_seconds"] - 0.02
+    # Of its four runs only the last is waited for: a part of their 112 ms of transfer, beside what adding it up costs.
+    assert 0.02 < own["network_seconds"] - faster["network_seconds"] < 0.1
 
 
 @pytest.mark.parametrize(
